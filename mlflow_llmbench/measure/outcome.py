@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -58,7 +59,7 @@ def stages_of(outcome: GroupOutcome, number: int) -> MemoryStages:
         needed["peak"] = max((s.anonymous for s in window), default=outcome.samples[-1].anonymous) + mapped
     if cell and peak and peak.host:
         own = peak.host
-        window = [s for s in outcome.samples if cell.begun_ns <= s.t_ns <= peak.sent_ns]
+        window = _between(outcome.samples, cell.begun_ns, peak.sent_ns)
         rss["peak"] = max([own.peak_rss or own.rss, *(s.rss for s in window)])
         steady = _steady_samples(window, outcome.measured.get(number))
         rss["steady"] = int(median([s.rss for s in steady])) if steady else own.rss
@@ -84,7 +85,7 @@ def _loading_peak(outcome: GroupOutcome, mapped: int) -> tuple[int, int] | None:
     if begun is None:
         return None
     until = loaded.sent_ns if loaded else None
-    window = [s for s in outcome.samples if begun.sent_ns <= s.t_ns and (until is None or s.t_ns <= until)]
+    window = _between(outcome.samples, begun.sent_ns, until)
     own = loaded.host if isinstance(loaded, StageMemory) else None
     resident = [*(s.rss for s in window), *([own.peak_rss or own.rss] if own else [])]
     anonymous = [*(s.anonymous for s in window), *([own.anonymous or own.rss] if own else [])]
@@ -98,16 +99,28 @@ def timeline_of(outcome: GroupOutcome, number: int) -> tuple[MemorySample, ...]:
     """
     cell, loaded = outcome.cells.get(number), outcome.stages.get("loaded")
     if cell and cell.peak and loaded:
-        loaded_ns, peak_ns = loaded.sent_ns, cell.peak.sent_ns
-        measured = [s for s in outcome.samples if outcome.evaluated_ns is None or s.t_ns < outcome.evaluated_ns]
-        unloading = outcome.samples[-1].t_ns - 1_000_000_000 if outcome.samples else 0
-        kept = [s for s in measured if s.t_ns <= loaded_ns or cell.begun_ns <= s.t_ns <= peak_ns or s.t_ns >= unloading]
+        samples, loaded_ns, peak_ns = outcome.samples, loaded.sent_ns, cell.peak.sent_ns
+        last_ns = outcome.evaluated_ns - 1 if outcome.evaluated_ns else None
+        unloading = samples[-1].t_ns - 1_000_000_000 if samples else 0  # in a short run, before this cell
+        kept = [
+            *_between(samples, 0, loaded_ns),
+            *_between(samples, max(unloading, loaded_ns + 1), cell.begun_ns - 1),
+            *_between(samples, max(cell.begun_ns, loaded_ns + 1), peak_ns),
+            *_between(samples, max(unloading, loaded_ns + 1, peak_ns + 1), last_ns),
+        ]
     elif cell and loaded:  # it failed: leave out the memory of earlier cells
-        kept = [s for s in outcome.samples if s.t_ns <= loaded.sent_ns or s.t_ns >= cell.begun_ns]
+        kept = [*_between(outcome.samples, 0, loaded.sent_ns), *_between(outcome.samples, cell.begun_ns, None)]
     else:
         kept = outcome.samples
     stride = -(-len(kept) // MOST_SAMPLES) or 1
     return tuple(max(kept[i : i + stride], key=lambda s: s.rss) for i in range(0, len(kept), stride))
+
+
+def _between(samples: list[MemorySample], begin_ns: int, end_ns: int | None) -> list[MemorySample]:
+    """Return the samples from `begin_ns` to `end_ns`, both included; None is the end. Samples are in order of time."""
+    begin = bisect_left(samples, begin_ns, key=lambda sample: sample.t_ns)
+    end = len(samples) if end_ns is None else bisect_right(samples, end_ns, key=lambda sample: sample.t_ns)
+    return samples[begin:end]
 
 
 def _device_bytes(seen: DeviceMemory, peak: bool) -> int:
@@ -218,7 +231,7 @@ class GroupOutcome:
         """Add one event of the worker to the outcome."""
         match event:
             case StageMemory(stage="peak"):
-                number = list(self.cells)[-1]
+                number = next(reversed(self.cells))
                 self.cells[number] = dataclasses.replace(self.cells[number], peak=event)
             case StageMemory(stage="unloaded") if self.evaluated_ns is not None:
                 pass  # scoring leaves allocations behind (0.5 GB with LLM.int8), which are not those of the load

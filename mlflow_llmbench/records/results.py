@@ -400,7 +400,10 @@ class RunResult:
     rules: int = field(default=RULES, metadata={"absent": FIRST_RULES})
 
 
+HASH_DIGITS = 16
+
+
 def hash16(value: object) -> str:
     """16 hex digits of SHA-256 over canonical JSON (sorted keys, no spaces)."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode()).hexdigest()[:HASH_DIGITS]

@@ -135,19 +135,24 @@ class Sweep:
         Kalibera and Jones 2013 recommend processes in alternating order.
         """
         options = self.plan.spec.options
+        again = options.rerun or options.twin  # a pair is always measured together
+        earlier = {} if again else resume.earlier_cells(self.folder)
         for job in self.jobs:
             if job.planned.refusal:
                 self._fail(job, "refused", Failure("planning", job.planned.refusal.sentence))
-            elif not (options.rerun or options.twin):  # a pair is always measured together
-                self._link(job)
+            elif not again:
+                self._link(job, earlier.get(job.planned.hashes.config, ()))
         for number in range(max(job.cell.processes for job in self.jobs)):
             groups = [[self.job_of[self.folder / planned.folder] for planned in group] for group in self.plan.groups]
             groups = [[job for job in group if job.processes_done <= number] for group in groups]
             self._run_round(groups[:: -1 if number % 2 else 1])
 
-    def _link(self, job: Job) -> None:
-        """Take over an earlier result of this cell, or the processes that an earlier command has finished of it."""
-        found = resume.find(job, self.plan.spec, self.recorder.store, self.plan.machine.env_hashes)
+    def _link(self, job: Job, folders: Sequence[Path]) -> None:
+        """Take over an earlier result of this cell, or the processes that an earlier command has finished of it.
+
+        `folders` are those of earlier sweeps' cells with its configuration.
+        """
+        found = resume.find(job, self.plan.spec, folders, self.recorder.store, self.plan.machine.env_hashes)
         if found is None:
             return
         self._announce(job)
@@ -198,11 +203,10 @@ class Sweep:
 
     def _on_event(self, task: Task, event: Event) -> None:
         """Handle an event of a task: begin its runs when it begins, and pass progress on to the listener."""
-        jobs = self._jobs_of(task)
-        job = jobs[event.number] if isinstance(event, CellBegun | CellMeasured) else jobs[0]
+        job = self.job_of[task.folders[event.number if isinstance(event, CellBegun | CellMeasured) else 0]]
         match event:
             case GroupBegun():
-                self._begin(jobs)
+                self._begin(self._jobs_of(task))
             case QualityWithheld(message=message) if message not in self.withheld:
                 self.withheld.add(message)
                 self.listener.note(message)

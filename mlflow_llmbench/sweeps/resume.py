@@ -19,7 +19,7 @@ from ..records.errors import JournalError, first_line
 from ..records.invocation import command_text
 from ..records.reading import Unreadable
 from ..records.redaction import redact
-from ..records.results import SCHEMA, RunResult
+from ..records.results import HASH_DIGITS, SCHEMA, RunResult
 from ..tracking.search import download_result, find_measured
 from ..workloads.prompts import load_text
 from . import upload
@@ -29,8 +29,22 @@ if TYPE_CHECKING:
     from ..tracking.store import Store
 
 
-def find(job: Job, spec: BenchSpec, store: Store | None, env_hashes: Sequence[str]) -> RunResult | None:
-    """Return an earlier result of exactly this cell, from the journal or the store; None if there is none.
+def earlier_cells(sweep: Path) -> dict[str, list[Path]]:
+    """Return the folders of the cells in the other sweeps beside this one, newest first, by configuration hash.
+
+    A folder is named by the hash, and by more where several cells of a sweep have the same.
+    """
+    found: dict[str, list[Path]] = {}
+    for folder in sorted(sweep.parent.glob("*/*"), reverse=True):
+        if folder.parent != sweep:
+            found.setdefault(folder.name[:HASH_DIGITS], []).append(folder)
+    return found
+
+
+def find(
+    job: Job, spec: BenchSpec, folders: Sequence[Path], store: Store | None, env_hashes: Sequence[str]
+) -> RunResult | None:
+    """Return an earlier result of exactly this cell, from one of its folders or the store; None if there is none.
 
     It is finished and valid, or else has the processes that a stopped command finished: then `resumed` is set, and its
     outcome is not `ok`. It must have been measured in one of `env_hashes`, the environments of the machines that would
@@ -41,7 +55,7 @@ def find(job: Job, spec: BenchSpec, store: Store | None, env_hashes: Sequence[st
         return None
     env_hashes = (job.planned.hashes.env,) if job.planned.environment else env_hashes
     is_newest = True
-    for found, source in _candidates(job, store, env_hashes):
+    for found, source in _candidates(job, folders, store, env_hashes):
         if not _is_same(found, job, env_hashes):
             continue
         if found.outcome != "ok" and is_newest and 0 < process_count(found) < job.cell.processes:
@@ -96,13 +110,13 @@ def _quality_is_there(found: RunResult, spec: BenchSpec) -> bool:
     )
 
 
-def _candidates(job: Job, store: Store | None, env_hashes: Sequence[str]) -> Iterator[tuple[RunResult, str]]:
-    """Yield candidate results, each with its run id or folder: the journal's, newest first, then the store's."""
-    folders = job.folder.parent.parent.glob(f"*/{job.planned.hashes.config}*/artifacts")
-    for folder in sorted(folders, reverse=True):
-        if folder.parent != job.folder:
-            with contextlib.suppress(JournalError):
-                yield journal.read_result(folder), _run_of(folder.parent) or str(folder.parent)
+def _candidates(
+    job: Job, folders: Sequence[Path], store: Store | None, env_hashes: Sequence[str]
+) -> Iterator[tuple[RunResult, str]]:
+    """Yield candidate results, each with its run id or folder: those of the folders, then the store's."""
+    for folder in folders:
+        with contextlib.suppress(JournalError):
+            yield journal.read_result(folder / "artifacts"), _run_of(folder) or str(folder)
     if store is None:
         return
     # If the store fails here, the error is reported when it is written to.
