@@ -95,12 +95,16 @@ def process_count(result: RunResult) -> int:
 def unit_values(result: RunResult, of: Callable[[Repetition], float | None]) -> list[float] | None:
     """One value per unit of `inference_units`: the mean over its repetitions.
 
-    None if a repetition has none, or there is no repetition.
+    None if a repetition has none, or there is no repetition. Kept with the result, since each comparison of a result
+    with others needs them again.
     """
-    found = [[of(repetition) for repetition in unit] for unit in inference_units(result)]
-    if not found or any(value is None for values in found for value in values):
-        return None
-    return [fmean(value for value in values if value is not None) for values in found]
+    known: dict[object, list[float] | None] = result.__dict__.setdefault("unit_values", {})
+    if of not in known:
+        found = [[of(repetition) for repetition in unit] for unit in inference_units(result)]
+        whole = found and all(value is not None for values in found for value in values)
+        known[of] = [fmean(value for value in values if value is not None) for values in found] if whole else None
+    values = known[of]
+    return None if values is None else list(values)
 
 
 def output_rate(repetition: Repetition) -> float | None:

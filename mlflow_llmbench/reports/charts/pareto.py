@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ...analysis.decisions.candidates import MEMORY, Candidate, Measure, interval
 from ...analysis.decisions.recommend import GOALS, Recommendation
@@ -50,14 +53,11 @@ def _draw_panel(axes: Axes, found: Recommendation, across: Measure, up: Measure)
     """Draw one scatter plot: `across` on x, the goal on y."""
     front = {id(one) for one in found.front}
     named = found.eligible if len(found.eligible) <= MOST_LABELS else found.front
+    for measure, bars in ((across, "xerr"), (up, "yerr")):
+        _draw_intervals(axes, found.eligible, across, up, measure, bars)
     for one in found.eligible:
         x, y = _place(one, across), _place(one, up)
         colour = COLOURS.get(one.result.cell.quant, BLUE)
-        for measure, bars in ((across, "xerr"), (up, "yerr")):
-            if ends := _ends(one, measure):
-                centre = x if bars == "xerr" else y
-                reach: Any = [[centre - ends[0]], [ends[1] - centre]]
-                axes.errorbar([x], [y], **{bars: reach}, fmt="none", ecolor=GREY, elinewidth=0.9, capsize=2, zorder=2)
         axes.plot(
             [x], [y], "o", color=colour, markersize=7, mfc=colour if id(one) in front else "white", mew=1.5, zorder=3
         )
@@ -72,6 +72,21 @@ def _draw_panel(axes: Axes, found: Recommendation, across: Measure, up: Measure)
         axes.annotate(one.name, (x, _place(one, up)), place, textcoords="offset points", size=8, color=INK, ha=side)
     axes.set(xlabel=_axis_label(across), ylabel=_axis_label(up))
     axes.grid(visible=True, axis="both")
+
+
+def _draw_intervals(
+    axes: Axes, candidates: Sequence[Candidate], across: Measure, up: Measure, measure: Measure, bars: str
+) -> None:
+    """Draw the intervals of one measure of all candidates as one set of bars."""
+    places = [
+        (_place(one, across), _place(one, up), _place(one, measure), *ends)
+        for one in candidates
+        if (ends := _ends(one, measure))
+    ]
+    if places:
+        x, y, centre, low, high = np.array(places).T
+        reach: Any = {bars: np.array([centre - low, high - centre]).clip(0)}
+        axes.errorbar(x, y, **reach, fmt="none", ecolor=GREY, elinewidth=0.9, capsize=2, zorder=2)
 
 
 def _draw_limits(axes: Axes, found: Recommendation, across: Measure, up: Measure) -> None:
