@@ -39,7 +39,7 @@ def test_help_names_every_parameter_with_its_default(capsys: pytest.CaptureFixtu
         (["run", "--batch-size", "0"], "llmbench: batch_size is too small: 0. The smallest is 1.\n"),
         (["run", "--batchsize", "2"], "llmbench: Unrecognized arguments: --batchsize 2. See `llmbench --help`.\n"),
         (["run", "--config", "none.yaml"],
-         "llmbench: Cannot read parameters from none.yaml: [Errno 2] No such file or directory: 'none.yaml'. "
+         "llmbench: Cannot read parameters from none.yaml: No such file or directory. "
          "Give a YAML file with one `name: value` per line.\n"),
         ([], "llmbench: The following arguments are required: COMMAND. See `llmbench --help`.\n"),
     ],
