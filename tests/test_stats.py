@@ -251,6 +251,26 @@ def test_block_length_follows_the_published_optimum() -> None:
     assert stats.block_length([1.0, 2.0]) == 1
 
 
+def test_anticorrelated_series_have_a_block_length_and_an_interval() -> None:
+    """Differences of neighbours have no spectrum at 0: where its estimate is not positive, blocks are the longest."""
+    noise = np.random.default_rng(4).normal(size=101)
+    assert stats.block_length(np.diff(noise)) == math.ceil(3 * math.sqrt(100))
+    assert all(1 <= stats.block_length(series) <= 48 for series in autoregressive(-0.8, 256, 50, seed=9))
+    low, high = stats.block_bootstrap_interval([9.0, 11.0] * 50)
+    assert low == pytest.approx(10) == high
+
+
+def test_the_block_bootstrap_of_anticorrelated_series_covers_and_is_narrower_than_the_plain_one() -> None:
+    held, widths = 0, {None: 0.0, 1: 0.0}
+    for number, series in enumerate(autoregressive(-0.5, 256, 300, seed=9)):
+        for block in widths:
+            low, high = stats.block_bootstrap_interval(series, block, resamples=600, seed=number)
+            widths[block] += high - low
+            held += block is None and low <= 0 <= high
+    assert 0.9 <= held / 300 <= 0.99
+    assert widths[None] < 0.8 * widths[1]
+
+
 def test_blocks_are_summed_as_if_written_out() -> None:
     series = autoregressive(0.5, 103, 1)[0] + 50
     fast = stats.block_bootstrap_interval(series, 10, "mean")

@@ -331,6 +331,7 @@ def test_unlike_results_are_labelled_when_allowed(kind: str) -> None:
     assert f"{kind}: {', '.join(map(str, comparison.labels))}" == listed
     if kind == "verdict":
         assert sentence(comparison).endswith(" The verdict on int4 output_tokens=6 is invalid (wrong_token_count).")
+        assert "conditions were not alike" not in sentence(comparison)
     else:
         told = listed.removeprefix(f"{kind}: ")
         assert f" The conditions were not alike: {told}." in sentence(comparison)

@@ -165,3 +165,21 @@ def test_closed_loops_and_single_requests_have_no_overload() -> None:
     assert overload.overload_of(closed) is None and overload.still_filling(closed) is None
     alone = tuple(dataclasses.replace(r, requests=r.requests[:1]) for r in one.repetitions)
     assert overload.overload_of(dataclasses.replace(one, repetitions=alone)) is None
+
+
+def test_asked_and_answered_rates_by_hand() -> None:
+    """Twelve requests, the first two at once, then one each 10 ms; one answer each 20 ms.
+
+    The last third are four requests in 30 ms, and their answers in 60 ms.
+    """
+    begins = [0, *range(0, 110, 10)]
+    requests = tuple(RequestRecord(at * MS, ((20 * i + 15) * MS, (20 * i + 20) * MS)) for i, at in enumerate(begins))
+    found = overload._rates(Repetition(0, 0, requests), last_third=False)
+    assert found == pytest.approx((11 / 0.100, 11 / 0.220))
+    assert overload._rates(Repetition(0, 0, requests[::-1]), last_third=True) == pytest.approx((3 / 0.030, 3 / 0.060))
+    refused = tuple(dataclasses.replace(r, outcome="timeout", stamps_ns=()) for r in requests[1::2])
+    found = overload._rates(Repetition(0, 0, requests[::2], failed=refused), last_third=False)
+    assert found == pytest.approx((11 / 0.100, 5 / 0.200))
+    assert overload._rates(Repetition(0, 0, requests[1:3]), last_third=False) == pytest.approx((1 / 0.010, 1 / 0.020))
+    for some in (requests[:1], requests[:2]):  # one request, and two that came at once
+        assert overload._rates(Repetition(0, 0, some), last_third=False) is None

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mlflow_llmbench.analysis import efficiency, summary
+from mlflow_llmbench.analysis.repetitions import several_in_a_step
 from mlflow_llmbench.analysis.verdict import judge, unsupported_percentiles
 from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.metrics import KEYS, SERIES
@@ -122,6 +123,35 @@ def test_series_have_their_steps_and_real_times() -> None:
     assert itl == {2: (6, 1_002_000 + 16), 3: (8, 1_002_000 + 26)}
     assert [p.step for p in points if p.key == "steps/ttft_ms"] == [1, 2, 3]
     assert [p.wall_ms for p in points if p.key == "steps/ttft_ms"] == [1_000_000, 1_001_000, 1_002_000]
+
+
+def test_each_repetition_is_a_point_of_its_series() -> None:
+    """Two rows of 3 tokens in 16, 24 and 26 ms; 3 tokens after 10 ms."""
+    points = summary.series(result([[2, 4], [6, 8], [6, 10]]))
+    found = {key: [p.value for p in points if p.key == key] for key in ("steps/e2e_ms", "steps/output_tokens_per_s")}
+    assert found["steps/e2e_ms"] == [16, 24, 26]
+    assert found["steps/output_tokens_per_s"] == pytest.approx([6 / 0.016, 6 / 0.024, 6 / 0.026])
+    assert [p.step for p in points if p.key == "steps/output_tokens_per_s"] == [1, 2, 3]
+
+
+def test_memory_samples_without_a_repetition_are_no_series() -> None:
+    crashed = result([], timeline=(MemorySample(0, 5, 4), MemorySample(MS, 7, 6)), outcome="crashed")
+    assert summary.series(crashed) == [] and summary.statistics(crashed) == []
+
+
+def test_steps_that_bring_several_tokens_have_no_inter_token_latency() -> None:
+    """Speculative decoding: if one step brings two tokens, single ones of other requests came by chance."""
+    plain = result([[2, 2, 2]] * 5)
+    guessed = dataclasses.replace(plain, cell=dataclasses.replace(plain.cell, decode="prompt_lookup"))
+    assert not several_in_a_step(plain) and not several_in_a_step(guessed)
+    assert summary.summarize(guessed)["latency/itl_ms_mean"] == 2
+    first, *others = guessed.repetitions
+    wide = dataclasses.replace(first.requests[0], tokens=5, chunk_tokens=(1, 2, 1, 1))
+    some = dataclasses.replace(guessed, repetitions=(dataclasses.replace(first, requests=(wide,)), *others))
+    assert several_in_a_step(some)
+    metrics = summary.summarize(some)
+    assert "latency/itl_ms_mean" not in metrics and metrics["latency/icl_ms_mean"] == 2
+    assert not [p for p in summary.series(some) if "itl" in p.key]
 
 
 def test_thinned_memory_keeps_the_peak() -> None:

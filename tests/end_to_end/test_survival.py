@@ -346,6 +346,18 @@ def test_what_was_measured_elsewhere_is_found_in_the_store(store_uri: str) -> No
 
 
 @pytest.mark.usefixtures("steady_machine")
+def test_what_was_measured_here_is_found_without_its_store(
+    store_uri: str, store_template: Path, tmp_path: Path
+) -> None:
+    first = fake("ttft_ms=5+itl_ms=5")
+    (tmp_path / "other").mkdir()
+    other = f"sqlite:///{shutil.copy(store_template, tmp_path / 'other' / 'mlflow.db')}"
+    again = fake("ttft_ms=5+itl_ms=5", tracking_uri=other)
+    assert [row.linked for row in again.rows] == list(first.run_ids)
+    assert runs(other)[again.run_ids[0]].info.status == "FINISHED"
+
+
+@pytest.mark.usefixtures("steady_machine")
 def test_what_is_not_valid_or_was_measured_otherwise_is_measured_again(store_uri: str) -> None:
     for script, other in (("ttft_ms=5+itl_ms=5+stop_after=3", {}), ("ttft_ms=5+itl_ms=5", {"seed": 1})):
         fake(script)

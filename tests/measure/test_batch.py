@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
@@ -9,10 +11,10 @@ import pytest
 
 from mlflow_llmbench.analysis import latency, summary
 from mlflow_llmbench.backends.fake import FakeBackend, parse_script
-from mlflow_llmbench.measure.batch import measure_cell, time_request
+from mlflow_llmbench.measure.batch import measure_cell, time_request, time_texts
 from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.errors import MeasurementError, OutOfMemory, UsageError
-from mlflow_llmbench.records.results import CellMeasurements, Hashes, RunResult
+from mlflow_llmbench.records.results import CellMeasurements, Hashes, RunResult, TextTimes
 from mlflow_llmbench.workloads.prompts import load_prompts
 
 
@@ -142,3 +144,23 @@ def test_summary_of_a_real_measurement_agrees_with_the_script() -> None:
     assert metrics["throughput/output_tokens_per_s"] <= 4 * 8 / 0.024
     assert metrics["throughput/per_instance_tokens_per_s"] == metrics["throughput/output_tokens_per_s"] / 4
     assert metrics["config/prompt_tokens"] == 4
+
+
+def test_each_text_has_the_time_of_its_own_encoding_and_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that only the tokenizer moves on: 1 ms per byte that is encoded, 3 ms per id that is decoded."""
+    now, ms = [10**15], 1_000_000
+    monkeypatch.setattr(time, "perf_counter_ns", lambda: now[0])
+
+    class Slow(FakeBackend):
+        def encode(self, text: str) -> Sequence[int]:
+            now[0] += ms * len(text)
+            return super().encode(text)
+
+        def decode(self, ids: Sequence[int]) -> str:
+            now[0] += 3 * ms * len(ids)
+            return super().decode(ids)
+
+    backend, cell = fake("ttft_ms=1")
+    texts, outputs = [{"prompt": "ab"}, {"prompt": "abcde"}], [([1, 2], [7]), ([1, 2, 3, 4, 5], [7, 8, 9, 10])]
+    found = time_texts(Slow(cell, backend.resolve(cell)), texts, outputs)
+    assert found == TextTimes((2 * ms, 5 * ms), (3 * ms, 12 * ms))

@@ -24,6 +24,7 @@ from mlflow_llmbench.records.results import (
     ClientReadings,
     Hashes,
     LoadInfo,
+    MemorySample,
     ModelFacts,
     Noise,
     Repetition,
@@ -162,6 +163,32 @@ def test_gaps_between_chunks_are_never_called_inter_token_latency() -> None:
     assert summarize(uncounted)["latency/icl_ms_p50"] == 10
     some = result(*TWO_USERS, *[request(n * 40, n * 40 + 10, n * 40 + 30, tokens=4) for n in range(5)])
     assert not any("itl" in key for key in (*summarize(some), *(point.key for point in series(some))))
+
+
+def test_a_few_answers_in_larger_chunks_or_without_counts_change_no_series() -> None:
+    """One answer in 40, at most `1 - SINGLE_SHARE`: gaps are those of the others, and steps those of single tokens."""
+    cell = dataclasses.replace(CELL, concurrency=1)
+    single = [request(n * 40, *(n * 40 + at for at in (10, 20, 30, 40))) for n in range(40)]
+    for few in (
+        request(1600, 1610, 1640, tokens=4, chunk_tokens=(2, 2)),
+        request(1600, 1610, 1640, tokens=None),
+        request(1600, 1610, 1620, 1630, 1640, tokens=8, chunk_tokens=(1, 1, 1, 5)),
+    ):
+        for order in ([*single, few], [few, *single]):
+            one = result(*order, cell=cell)
+            assert codes(one) <= {"length_drift"}
+            assert {p.step: p.value for p in series(one) if p.key == "steps/itl_ms"} == {2: 10, 3: 10, 4: 10}
+            metrics = summarize(one)
+            assert metrics["latency/itl_ms_p50"] == 10 and "latency/icl_ms_p50" not in metrics
+    uncounted = [dataclasses.replace(r, tokens=None) for r in single[:4]]
+    [reason] = judge(one := result(*single[4:], *uncounted, cell=cell), summarize(one)).reasons
+    assert reason.code == "chunked_stream" and reason.sentence.startswith("Chunks hold 1.00 tokens on average;")
+
+
+def test_a_server_that_failed_before_its_first_repetition_has_no_figures_and_no_series() -> None:
+    one = dataclasses.replace(result(*TWO_USERS), repetitions=(), outcome="crashed", timeline=(MemorySample(0, 5, 4),))
+    assert not any(key.startswith(("latency", "throughput")) for key in summarize(one))
+    assert series(one) == []
 
 
 def test_requests_that_all_come_at_once_have_no_rate_that_a_client_could_miss() -> None:

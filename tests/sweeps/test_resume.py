@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -61,6 +62,13 @@ def runs(uri: str) -> dict[str, Run]:
     return {str(one.info.run_id): one for one in found}
 
 
+def empty_store(template: Path, folder: Path) -> str:
+    """The address of another empty store, in a folder that is made."""
+    folder.mkdir()
+    shutil.copy(template, folder / "mlflow.db")
+    return f"sqlite:///{folder}/mlflow.db"
+
+
 def results(folder: Path) -> list[RunResult]:
     return [journal.read_result(file.parent) for file in sorted(folder.glob("*/artifacts/result.json"))]
 
@@ -110,6 +118,18 @@ def test_a_continued_cell_can_be_stopped_and_continued_again_and_rerun_measures_
     assert measured_here(third.folder) == 1
     again = fake(rerun=True)
     assert measured_here(again.folder) == 3 and results(again.folder)[0].resumed is None
+
+
+def test_the_folders_alone_are_enough_to_continue(store_uri: str, store_template: Path, tmp_path: Path) -> None:
+    """Another store knows nothing of the earlier commands: their folders beside the new one are all there is."""
+    stopped = fake(watcher=Stopping(3))
+    [kept] = results(stopped.folder)
+    whole = fake(tracking_uri=empty_store(store_template, tmp_path / "second"))
+    [result] = results(whole.folder)
+    assert (whole.outcome, measured_here(whole.folder)) == ("ok", 1)
+    assert result.repetitions[:10] == kept.repetitions and len(result.repetitions) == 15
+    elsewhere = fake(tracking_uri=empty_store(store_template, tmp_path / "third"), output_dir="elsewhere")
+    assert measured_here(elsewhere.folder) == 3
 
 
 def test_each_cell_of_a_sweep_goes_on_where_it_stopped(store_uri: str) -> None:

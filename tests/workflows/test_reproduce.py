@@ -14,12 +14,12 @@ from mlflow import MlflowClient
 from mlflow_llmbench import run
 from mlflow_llmbench.analysis import comparison as analysis
 from mlflow_llmbench.analysis.comparison import Comparison
-from mlflow_llmbench.analysis.decisions.equivalence import Reproduction, judge_reproduction
+from mlflow_llmbench.analysis.decisions.equivalence import Reproduction, changed_facts, judge_reproduction
 from mlflow_llmbench.cli.main import main
 from mlflow_llmbench.config.cells import config_hash, expand_cells
 from mlflow_llmbench.config.spec import parse
 from mlflow_llmbench.records.errors import NotComparable, UsageError
-from mlflow_llmbench.records.results import Quality, RunResult, TextScores
+from mlflow_llmbench.records.results import LoadInfo, Quality, RunResult, TextScores
 from mlflow_llmbench.reports.reproduction import reproduction_json, reproduction_markdown
 from mlflow_llmbench.stats import equivalence, required_sample_size
 from mlflow_llmbench.sweeps.planning import plan
@@ -35,7 +35,7 @@ from mlflow_llmbench.workflows.reproduce import (
     unlike_here,
 )
 
-from ..results import WIGGLE, known_noise, made, stored
+from ..results import GB, WIGGLE, known_noise, made, stored
 
 ORIGINAL = made()
 CELL = {
@@ -433,3 +433,37 @@ def test_a_wide_spread_is_not_called_equivalent_for_want_of_a_difference() -> No
     comparison = compare(wide, made(factors=WIGGLE))
     assert {effect.effect for effect in comparison.effects if effect.p_holm is not None} == {"no difference seen"}
     assert judge_reproduction(comparison, 0.05).verdict == "cannot_tell"
+
+
+def test_what_was_loaded_otherwise_is_named() -> None:
+    def loaded(**facts: str) -> RunResult:
+        return made(load=LoadInfo(1.0, facts={"quant.kernel": "marlin", "model.dtype": "bf16"} | facts))
+
+    assert changed_facts(loaded(), loaded()) == ""
+    assert changed_facts(loaded(), loaded(**{"quant.kernel": "exllama", "attention": "sdpa"})) == (
+        "What was loaded differs: attention none → sdpa, quant.kernel marlin → exllama."
+    )
+    assert changed_facts(loaded(), made(load=None)) == (
+        "What was loaded differs: model.dtype bf16 → none, quant.kernel marlin → none."
+    )
+    several = made()
+    several = dataclasses.replace(
+        several, repetitions=tuple(dataclasses.replace(r, process=r.index // 2) for r in several.repetitions)
+    )
+    assert changed_facts(made(), several) == "What was loaded differs: processes 1 → 3."
+
+
+def test_changed_facts_are_a_note_of_the_reproduction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMBENCH_CACHE", str(tmp_path))
+    before = dataclasses.replace(ORIGINAL, load=LoadInfo(1.0, weight_bytes=GB, facts={"quant.kernel": "marlin"}))
+    after = made(load=LoadInfo(1.0, weight_bytes=GB, facts={"quant.kernel": "exllama"}), ended_ms=9000)
+    found = _judged(Original(before, None, "a"), after, None, 0.05).found  # type: ignore[arg-type]
+    assert "What was loaded differs: quant.kernel marlin → exllama." in found.notes
+
+
+def test_a_verdict_is_a_note_of_its_own_and_no_difference_of_the_environment() -> None:
+    invalid = dataclasses.replace(ORIGINAL, cell=dataclasses.replace(ORIGINAL.cell, output_tokens=6), ended_ms=9000)
+    allowed = analysis.compare(ORIGINAL, invalid, calibrations=[known_noise(ORIGINAL)], allow=frozenset({"verdict"}))
+    notes = judge_reproduction(allowed, 0.05).notes
+    assert [note for note in notes if "invalid (wrong_token_count)" in note] == [notes[0]]
+    assert notes[0].startswith("The verdict on ")

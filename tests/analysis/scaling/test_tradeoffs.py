@@ -9,6 +9,7 @@ from mlflow_llmbench.analysis.scaling import curves, tradeoffs
 from mlflow_llmbench.analysis.scaling.fitting import fit
 from mlflow_llmbench.analysis.scaling.tradeoffs import find_cliffs, optimal_batch, scaling_efficiency
 from mlflow_llmbench.records.errors import NotFitted, OutOfRange
+from mlflow_llmbench.stats import t_interval
 
 BATCHES = np.array([1.0, 2, 4, 8, 16, 32, 64])
 SMOOTH = {
@@ -122,15 +123,37 @@ def test_the_price_of_a_prompt() -> None:
         tradeoffs.token_cost(flat, [20.0, 21.0, 20.0])
 
 
-def test_the_interval_of_the_exchange_covers() -> None:
-    line, x, held = curves.line("L = a + c·s", "a", "c"), np.array([128.0, 256, 512, 1024, 2048, 4096]), 0
+def test_the_interval_of_the_exchange_covers_and_is_hardly_wider_than_those_of_its_parts() -> None:
+    line, x = curves.line("L = a + c·s", "a", "c"), np.array([128.0, 256, 512, 1024, 2048, 4096])
+    held, widths = 0, []
     for seed in range(300):
         draw = np.random.default_rng(seed)
         y = (30 + 0.25 * x) * np.exp(draw.normal(0, 0.02, len(x)))
-        tpot = 20 * np.exp(draw.normal(0, 0.02, 6))
-        _, low, high = tradeoffs.token_cost(fit(line, list(x), list(y)), list(tpot)).equal_output
+        tpot = list(20 * np.exp(draw.normal(0, 0.02, 6)))
+        fitted = fit(line, list(x), list(y))
+        _, low, high = tradeoffs.token_cost(fitted, tpot).equal_output
         held += low <= 6.4 <= high
-    assert held / 300 >= 0.93  # wider than need be: both parts have few degrees of freedom
+        slope, gaps = fitted.parameter("c"), t_interval(tpot)
+        assert slope.low and slope.high and gaps
+        parts = math.log(slope.high / slope.low), math.log(gaps[1] / gaps[0])
+        assert math.log(high / low) == pytest.approx(math.hypot(*parts), rel=0.05)
+        widths.append(math.log(high / low))
+    assert 0.93 <= held / 300 <= 0.995  # wider than need be: both parts have few degrees of freedom
+    assert np.mean(widths) < 0.1
+
+
+def test_the_interval_of_a_ratio_covers_and_is_as_wide_as_welchs() -> None:
+    """T(4) ÷ (4·T(1)) of 6 repetitions with 2 % noise: half-widths of 2.23·0.02·√(2/6) on average."""
+    held, widths = 0, []
+    for seed in range(400):
+        draw = np.random.default_rng(seed)
+        one, four = (list(rate * np.exp(draw.normal(0, 0.02, 6))) for rate in (100.0, 320.0))
+        [found] = scaling_efficiency({1: one, 4: four})
+        assert found.low and found.high
+        held += found.low <= 0.8 <= found.high
+        widths.append(math.log(found.high / found.low) / 2)
+    assert 0.92 <= held / 400 <= 0.98
+    assert np.mean(widths) == pytest.approx(2.25 * 0.02 * math.sqrt(2 / 6), rel=0.1)
 
 
 def test_quantization_efficiency_is_a_ratio_of_geometric_means() -> None:
