@@ -160,8 +160,6 @@ def _quantile(degrees: float) -> float:
     At most 19 % too large (ν between 1 and 2), 0.4 % from 3 on. Without scipy, which a worker's environment may lack.
     """
     low = math.floor(degrees)
-    if degrees == low:
-        return t_quantile_975(low)
     share = (1 / degrees - 1 / (low + 1)) / (1 / low - 1 / (low + 1))
     return share * t_quantile_975(low) + (1 - share) * t_quantile_975(low + 1)
 

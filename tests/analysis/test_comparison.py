@@ -414,6 +414,16 @@ def test_nothing_measured_cannot_be_allowed() -> None:
         compare(BF16, failed, allow=frozenset(ALLOWABLE))
 
 
+def test_a_repetition_without_time_to_its_first_token_has_a_ratio_but_no_test() -> None:
+    """The logarithm of 0 is none: the metric is shown and not tested, the others are."""
+    at_once = result(spread(1.0), "int4", ttft=[0.0, 1.0, 1.0, 1.0, 1.0])
+    for a, b in ((BF16, at_once), (at_once, BF16)):
+        compared = compare(a, b)
+        first = compared.effect("latency/ttft_ms_mean")
+        assert (first.low, first.high, first.p_value) == (None, None, None) and 0 in (*first.values_a, *first.values_b)
+        assert compared.effect("latency/itl_ms_p50").p_value is not None
+
+
 def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(
         UsageError,

@@ -15,7 +15,7 @@ from mlflow_llmbench.analysis.summary import summarize
 from mlflow_llmbench.analysis.verdict import judge
 from mlflow_llmbench.measure.stopping import enough
 from mlflow_llmbench.records.cell import Cell
-from mlflow_llmbench.records.results import Noise, Repetition, RequestRecord, RunResult
+from mlflow_llmbench.records.results import FIRST_RULES, Noise, Repetition, RequestRecord, RunResult
 
 from ..results import made
 
@@ -102,6 +102,18 @@ def test_results_that_recorded_less_are_judged_by_what_they_have() -> None:
     assert can_be_judged(nothing)
 
 
+def test_results_of_the_first_rules_are_judged_by_cpu_times_from_half_a_second_on() -> None:
+    for noise, by_first in (
+        (quiet(busy_cpu_s=1.25), ["contended"]),
+        (quiet(0.1, busy_cpu_s=0.15), []),
+        (quiet(run_delay_s=0.08), []),
+        (quiet(pressure_s=0.2), []),
+    ):
+        one = beside([noise] * 5)
+        assert codes(one) == ["contended"]
+        assert codes(dataclasses.replace(one, rules=FIRST_RULES)) == by_first
+
+
 def test_threads_that_fill_all_cpus_wait_for_each_other() -> None:
     """Three threads on two CPUs: nothing else ran, so that nothing disturbed them."""
     full = quiet(own_cpu_s=1.98, busy_cpu_s=2.0, run_delay_s=0.95, pressure_s=0.9)
@@ -178,3 +190,16 @@ def test_a_single_repetition_that_took_twice_as_long_is_said(name: str, ttft: fl
     one = dataclasses.replace(one, repetitions=tuple(repetitions))
     verdict = judge(one, summarize(one))
     assert {reason.code for reason in verdict.reasons} <= {"outliers", "high_variation"} and verdict.word == "suspect"
+
+
+@pytest.mark.parametrize(("late", "more"), [({17}, ""), ({9, 17}, ", the largest of 2 such values")])
+def test_as_many_outlying_values_are_named_as_there_are(late: set[int], more: str) -> None:
+    one = beside([quiet()] * 30, ttft=2.0)
+    repetitions = [
+        dataclasses.replace(r, requests=(OUTLYING["time to first token"](r.requests[0]),)) if r.index in late else r
+        for r in one.repetitions
+    ]
+    one = dataclasses.replace(one, repetitions=tuple(repetitions))
+    [reason] = judge(one, summarize(one)).reasons
+    [number] = [n for n in late if reason.sentence.startswith(f"The time to first token of repetition {n + 1} differs")]
+    assert f"repetition {number + 1} differs from the median by a factor of 2{more} (limit 1.5)" in reason.sentence

@@ -111,9 +111,11 @@ def test_correlated_neighbours_widen_the_interval_and_are_named() -> None:
     plain, wide = t_interval(slow), sequence_interval(slow)
     assert plain and wide and wide[1] - wide[0] > 2 * (plain[1] - plain[0])
     assert effective_size(slow) < 10
+    assert effective_size(slow[:19]) == 19 and effective_size(slow[:20]) < 10  # LEAST_CORRELATED
     sentence = correlation(result(slow, repetitions=60))
     assert sentence and sentence.startswith("Neighbouring repetitions resemble each other (lag-1 autocorrelation 0.8")
     assert correlation(result(ALTERNATING[:60], repetitions=60)) is None
+    assert correlation(result(slow[:30], repetitions=30)) and correlation(result(slow[:29], repetitions=29)) is None
     known = summarize(result(slow, repetitions=60))["trust/effective_repetitions"]
     assert known == pytest.approx(effective_size(slow), rel=0.01)
 

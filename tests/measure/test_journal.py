@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 from pathlib import Path
 
@@ -9,6 +10,9 @@ import pytest
 
 from mlflow_llmbench.measure import journal
 from mlflow_llmbench.records.errors import JournalError
+from mlflow_llmbench.records.results import Repetition, RequestRecord
+
+from ..results import made
 
 
 def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path: Path) -> None:
@@ -41,3 +45,16 @@ def test_a_power_cut_may_end_a_journal_with_zeros_and_large_files_are_not_read(t
     os.truncate(file, 50 * 10**9)
     with pytest.raises(JournalError, match="it has 50,000,000,000 bytes"):
         list(journal.read_events(file))
+
+
+def test_samples_have_one_stamp_per_token_of_each_row() -> None:
+    """Two rows; then a step with two tokens, which have its stamp both."""
+    plain = Repetition(0, 0, (RequestRecord(5, (10, 20), rows=2),))
+    guessed = Repetition(1, 0, (RequestRecord(30, (40, 50), tokens=3, chunk_tokens=(1, 2)),))
+    text = gzip.decompress(journal.samples_csv(made(repetitions=(plain, guessed)))).decode()
+    assert text.splitlines() == [
+        "repetition,row,token,t_ns",
+        *("0,0,0,5", "0,0,1,10", "0,0,2,20"),
+        *("0,1,0,5", "0,1,1,10", "0,1,2,20"),
+        *("1,0,0,30", "1,0,1,40", "1,0,2,50", "1,0,3,50"),
+    ]

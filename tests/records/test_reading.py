@@ -97,6 +97,8 @@ def test_deep_json_is_refused_before_it_is_parsed(text: str) -> None:
 def test_brackets_in_texts_are_no_depth() -> None:
     data = {"[" * 200: ['"' + "{" * 200, "\\" + "[" * 200, '\\"' * 3 + "[" * 200, [[]]]}
     assert reading.parse_json(json.dumps(data)) == data
+    for sibling in ([], {}, {"a": [1]}):
+        assert reading.parse_json(json.dumps([sibling] * 300)) == [sibling] * 300
     nested = "[" * 100 + "]" * 100
     assert reading.parse_json(nested) == json.loads(nested)
 
