@@ -346,13 +346,13 @@ class MemorySampled(Event, name="samples"):
 class CellCompleted(Event, name="complete"):
     """The worker's own journal of a cell is complete.
 
-    `measured` and `texts` are those of `CellMeasured`, but the repetitions stand in the lines before this one.
+    `measured` is that of `CellMeasured`, but the repetitions stand in the lines before this one. The texts are left
+    out: only the parent knows which secrets it must mask in them.
     """
 
     steady: bool
     first_call_ms: float
     measured: CellMeasurements | None = field(default=None, metadata=OMITTED)
-    texts: tuple[Mapping[str, str], ...] | None = field(default=None, metadata=OMITTED)
 
 
 # The codec

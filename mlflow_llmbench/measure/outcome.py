@@ -274,8 +274,8 @@ class GroupOutcome:
                 self.nonfinite = message if event.nonfinite else self.nonfinite
 
 
-def measurements(journal: Iterable[Event]) -> Iterator[tuple[CellMeasurements, tuple[Mapping[str, str], ...]]]:
-    """Read the measurements of each process that has completed a cell, with its texts, from its own `events.jsonl`."""
+def measurements(journal: Iterable[Event]) -> Iterator[CellMeasurements]:
+    """Read the measurements of each process that has completed a cell from its own `events.jsonl`."""
     repetitions: list[Repetition] = []
     for event in journal:
         match event:
@@ -284,7 +284,7 @@ def measurements(journal: Iterable[Event]) -> Iterator[tuple[CellMeasurements, t
                     repetitions = []  # those before belong to a process that was killed
                 repetitions.append(repetition)
             case events.CellCompleted(measured=CellMeasurements() as rest):
-                yield dataclasses.replace(rest, repetitions=tuple(repetitions)), event.texts or ()
+                yield dataclasses.replace(rest, repetitions=tuple(repetitions))
 
 
 def replay(journal: Iterable[Event]) -> Iterator[tuple[list[str], GroupOutcome]]:

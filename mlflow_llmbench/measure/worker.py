@@ -307,7 +307,7 @@ def _measure_one(
             measured = replace(measured, text_times=time_texts(backend, texts, measured.outputs))
         # On the disk before it is sent: the parent may be killed before it reads it.
         rest = replace(measured, repetitions=())
-        log.append(events.CellCompleted(measured.steady, measured.first_call_ms, rest, texts))
+        log.append(events.CellCompleted(measured.steady, measured.first_call_ms, rest))
         send(events.CellMeasured(number, measured, texts))
         send(events.LoadDescribed(backend.describe()))
     finally:

@@ -376,10 +376,10 @@ def _readable(path: Path, problems: list[str]) -> Iterator[Event]:
 def _add_untold(job: Job, problems: list[str]) -> None:
     """Add the processes that had measured a job and whose last event the killed command had not read."""
     own = list(measurements(_readable(job.folder / "events.jsonl", problems)))
-    for measured, texts in own[len(job.attempts) :]:
+    for measured in own[len(job.attempts) :]:
         outcome, number = job.tried or (GroupOutcome(), 0)
         told = dataclasses.replace(
-            outcome, measured={**outcome.measured, number: measured}, texts={**outcome.texts, number: texts}
+            outcome, measured={**outcome.measured, number: measured}, texts={**outcome.texts, number: ()}
         )
         job.attempts.append((told, number))
         job.tried = None

@@ -296,7 +296,7 @@ def test_what_a_killed_command_left_is_masked_by_the_next(tmp_path: Path, monkey
     (tmp_path / "sweep" / "cell").mkdir(parents=True)
     (tmp_path / "sweep" / "sweep.json").write_text('{"parameters": {"model": "fake", "backend": "fake"}, "cells": 1}')
     (tmp_path / "sweep" / "cell" / "worker.log").write_text("asked with canary-25-killed\n")
-    assert recover(tmp_path / "sweep") == 0
+    assert recover(tmp_path / "sweep") == (0, [])
     assert (tmp_path / "sweep" / "cell" / "worker.log").read_text() == "asked with ***\n"
 
 

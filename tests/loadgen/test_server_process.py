@@ -93,8 +93,14 @@ def test_without_a_quantization_its_option_is_left_out(option: str) -> None:
         ),
         ({"launch": "serve {port} --hf sk-1234567890abcdefgh1"}, "launch has what looks like a secret"),
         ({"launch": "serve {port} --seed aB3dE5gH7jK9mN1pQ3sT5vW7"}, "launch has what looks like a secret"),
-        ({"launch": "sh -c 'HF_TOKEN=abc serve {port}'"}, "a variable that is named as a secret, HF_TOKEN, and the"),
-        ({"launch": "serve --api-key abc"}, "an option that is named as a secret, --api-key, and the command would be"),
+        (
+            {"launch": "sh -c 'HF_TOKEN=abc serve {port}'"},
+            "launch has a variable that is named as a secret, HF_TOKEN, and the",
+        ),
+        (
+            {"launch": "serve --api-key abc"},
+            "launch has an option that is named as a secret, --api-key, and the",
+        ),
         ({"launch": "serve {port}", "url": "http://h"}, "url is for a running server, and launch starts one"),
         (
             {"launch": "serve {port}", "backend": "transformers"},
