@@ -200,7 +200,12 @@ class CellMeasured(Event, name="measured"):
 
 @dataclass(frozen=True)
 class CellRequested(Event, name="asks"):
-    """The worker waits for the next cell of a search."""
+    """The worker waits for the next cell of a search. What is measured is kept meanwhile."""
+
+
+@dataclass(frozen=True)
+class PauseBegun(Event, name="pause"):
+    """A cell is measured and its group goes on. The worker waits for an answer while the cell is kept."""
 
 
 # Quality

@@ -19,7 +19,7 @@ from ..system import estimate, machine
 from . import quality_order, supervise
 from .events import CellBegun, CellMeasured, Event, GroupBegun, GroupPlaced, Report, Stage
 from .outcome import GroupOutcome
-from .supervise import Limits, More
+from .supervise import Limits, More, Pause
 from .task import Task, WorkerJob
 
 Post = Callable[[Event, Mapping[str, bytes]], None]
@@ -27,12 +27,17 @@ Post = Callable[[Event, Mapping[str, bytes]], None]
 
 
 def measure_group(
-    task: Task, report: Report, environment: Mapping[str, Any] | None = None, more: More | None = None
+    task: Task,
+    report: Report,
+    environment: Mapping[str, Any] | None = None,
+    more: More | None = None,
+    pause: Pause | None = None,
 ) -> GroupOutcome:
     """Measure the cells of one load in a fresh process.
 
     `report` gets `GroupBegun` when that starts, and all events of the worker. Failures, also of fetching, are in the
-    outcome's `error`. `environment` is kept with the outcome; `more` chooses further cells.
+    outcome's `error`. `environment` is kept with the outcome; `more` chooses further cells; `pause` keeps what is
+    measured between two cells.
     """
     log = task.folders[0] / "worker.log"
     try:
@@ -56,7 +61,7 @@ def measure_group(
         except UsageError as error:
             why = str(error)
         job = WorkerJob("measure", task.cells, task.model, task.folders, order)
-        outcome = supervise.run_worker(job, log, report, limits, environment, more)
+        outcome = supervise.run_worker(job, log, report, limits, environment, more, pause)
         outcome.withheld += [why] if why else []
         return outcome
     except JournalError as error:

@@ -34,7 +34,8 @@ def stages_of(outcome: GroupOutcome, number: int) -> MemoryStages:
 
     A stage that was not reached, or cannot be read on this machine, is absent.
     """
-    mapped = outcome.load.mapped_weight_bytes if outcome.load else 0
+    load = outcome.load_of(number)
+    mapped = load.mapped_weight_bytes if load else 0
     rss: dict[str, int] = {}
     needed: dict[str, int] = {}
     device: dict[str, int] = {}
@@ -176,6 +177,7 @@ class GroupOutcome:
     """The outcome of one worker: its load, stage readings, memory samples, and the measurements or the error."""
 
     load: LoadInfo | None = None
+    described: dict[int, LoadInfo] = field(default_factory=dict)  # number → the load as it was after that cell
     peaks: dict[str, float] = field(default_factory=dict)
     idle_w: float | None = None
     stages: dict[str, events.Stage] = field(default_factory=dict)  # stage → its event; "peak" is per cell, in `cells`
@@ -202,6 +204,10 @@ class GroupOutcome:
         """Number of the cell that was being measured when the worker ended; None if there was none."""
         begun = [n for n in self.cells if n not in self.measured]
         return begun[-1] if begun else None
+
+    def load_of(self, number: int) -> LoadInfo | None:
+        """Return the load as it was after a cell, so that later cells change nothing; the newest if it has no own."""
+        return self.described.get(number, self.load)
 
     def dates_ms(self, number: int) -> tuple[int | None, int | None]:
         """Return the epoch times in ms at which the worker began and ended a cell, as far as they are known.
@@ -241,8 +247,11 @@ class GroupOutcome:
                 self.stages["baseline"] = StageMemory("baseline", host, t_ns=event.t_ns)
             case events.PeaksMeasured(peaks=peaks, idle_w=idle_w):
                 self.peaks, self.idle_w = dict(peaks), idle_w
-            case events.ModelLoaded(info=info) | events.LoadDescribed(info=info):
+            case events.ModelLoaded(info=info):
                 self.load = info
+            case events.LoadDescribed(info=info):
+                self.load = info
+                self.described.setdefault(list(self.measured)[-1] if self.measured else 0, info)
             case events.CellBegun(number=number):
                 self.cells[number] = CellSpan(event.sent_ns, turned_ns=event.sent_ns)
             case events.MeasuringBegun(number=number):

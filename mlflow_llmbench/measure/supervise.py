@@ -45,6 +45,9 @@ LOOK_S = 2.0
 More = Callable[["GroupOutcome"], tuple[Cell, Path] | None]
 """Chooses the next cell and its folder from the results so far; None if there is none."""
 
+Pause = Callable[["GroupOutcome"], None]
+"""Keeps what is measured while the worker waits between two cells."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -65,24 +68,26 @@ def run_worker(
     limits: Limits | None = None,
     environment: Mapping[str, Any] | None = None,
     more: More | None = None,
+    pause: Pause | None = None,
 ) -> GroupOutcome:
     """Run one job in a fresh process and wait for its end. A failure of the worker is in `outcome.error`, never raised.
 
     Its events and `environment` are written to a file beside `log_file`, from which `replay` can rebuild the outcome.
     An interruption ends the worker and sets `outcome.interrupted`, so that earlier measurements are not lost. With
     `more`, the worker goes on with the cells that `more` chooses from the results so far; their numbers follow those of
-    the job's cells.
+    the job's cells. `pause` is called after each cell but the last, and before the quality is evaluated; the worker
+    waits until it returns.
     """
     clock = Clock.now()
     outcome = GroupOutcome(environment=environment, clock=clock)
     failure: LlmbenchError | None = None
     process = _start(job, log_file)
-    watch = _Watch(
-        process, outcome, limits or Limits(), report, watches_memory=job.cells[0].scenario != "online", more=more
-    )
+    is_client = job.cells[0].scenario == "online"
+    watch = _Watch(process, outcome, limits or Limits(), report, watches_memory=not is_client, more=more, pause=pause)
     try:
         assert process.stdin
-        process.stdin.write(dataclasses.replace(job, searches=more is not None).to_line().encode())
+        told = dataclasses.replace(job, searches=more is not None, pauses=pause is not None)
+        process.stdin.write(told.to_line().encode())
         process.stdin.flush()
         with EventLog(log_file.with_suffix(".jsonl"), durable=False) as watch.journal:
             names = tuple(folder.name for folder in job.folders)
@@ -172,6 +177,7 @@ class _Watch:
     watches_memory: bool = True  # False for a client, whose memory is not the model's
     journal: EventLog | None = None
     more: More | None = None
+    pause: Pause | None = None
     added: list[Path] = field(default_factory=list)  # folders of the cells chosen by `more`
     keeper: int | None = None  # pid of the keeper, the ancestor of all processes of a server that we started
     pids: list[int] = field(default_factory=list)  # the server's processes when last searched for
@@ -253,7 +259,9 @@ class _Watch:
                 self.cell_since = None
                 self._begins("ending the cell", "load_timeout_s", self.limits.load_s)
             case events.CellRequested():
-                self._answer()
+                self._answer(self.more)
+            case events.PauseBegun():
+                self._answer(None)
             case (
                 events.EvaluationBegun()
                 | events.ScoringProgress()
@@ -265,9 +273,11 @@ class _Watch:
         if self.report:
             self.report(event)
 
-    def _answer(self) -> None:
-        """Send the worker the next cell, or null if there is none."""
-        found = self.more(self.outcome) if self.more else None
+    def _answer(self, more: More | None) -> None:
+        """Keep what is measured, and answer the waiting worker: the next cell of a search, or null if there is none."""
+        if self.pause:
+            self.pause(self.outcome)
+        found = more(self.outcome) if more else None
         self.added += [found[1]] if found else []
         if found and self.journal:
             self.journal.append(CellAdded(found[1].name))
@@ -275,6 +285,7 @@ class _Watch:
         assert self.process.stdin
         self.process.stdin.write(f"{line}\n".encode())
         self.process.stdin.flush()
+        self._begins("going on after a cell", "load_timeout_s", self.limits.load_s)  # the pause was ours
 
     def _keep(self, event: Event) -> None:
         samples = self.outcome.samples[self.written :]

@@ -67,8 +67,9 @@ class WorkerJob:
     """The job of one worker process, which reads it as one line of JSON.
 
     `task`: *prepare*, *resolve*, *measure*, *evaluate*, *reference* or *train* · `model`: None to resolve it ·
-    `folders`: one for each cell · `searches`: True if the parent chooses further cells from the results · `training`:
-    the order of a training (see `backends.huggingface.qat`).
+    `folders`: one for each cell · `searches`: True if the parent chooses further cells from the results · `pauses`:
+    True if the worker waits after a cell until the parent has kept it · `training`: the order of a training (see
+    `backends.huggingface.qat`).
     """
 
     task: str
@@ -77,6 +78,7 @@ class WorkerJob:
     folders: tuple[Path, ...] = ()
     quality: QualityOrder | None = None
     searches: bool = False
+    pauses: bool = False
     training: Mapping[str, Any] | None = None
 
     @property

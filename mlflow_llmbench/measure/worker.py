@@ -121,6 +121,7 @@ def _measure_group(job: WorkerJob, send: Report) -> None:
         for number, (cell, folder) in enumerate(_cells(job, send)):
             _measure_one(backend, cell, number, folder, info, facts.context, send)
         if job.quality:
+            _pause(job, send)
             _evaluate(backend, job.quality, facts.context, send)
     finally:
         backend.close()
@@ -131,13 +132,23 @@ def _measure_group(job: WorkerJob, send: Report) -> None:
 
 def _cells(job: WorkerJob, send: Report) -> Iterator[tuple[Cell, Path]]:
     """Yield the cells of a job with their folders; in a search, then those that the parent chooses from the results."""
-    yield from zip(job.cells, job.folders, strict=True)
+    for number, planned in enumerate(zip(job.cells, job.folders, strict=True)):
+        if number:
+            _pause(job, send)
+        yield planned
     while job.searches:
         send(events.CellRequested())
         found = json.loads(sys.stdin.readline() or "null")
         if found is None:
             return
         yield from_json(Cell, found["cell"]), Path(found["folder"])
+
+
+def _pause(job: WorkerJob, send: Report) -> None:
+    """Wait until the parent has kept the cell that was measured last, so that it does not work beside the next one."""
+    if job.pauses:
+        send(events.PauseBegun())
+        sys.stdin.readline()
 
 
 def _launch(backend: ServerBackend, folder: Path, send: Report) -> LoadInfo:

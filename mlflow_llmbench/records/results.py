@@ -395,6 +395,8 @@ class RunResult:
     linked: str = ""  # run (or folder) in which this result was measured, if it was not measured again
     # Run (or folder) in which the first processes were measured, if an earlier command was stopped before the last.
     resumed: str | None = field(default=None, metadata=OMITTED)
+    # True if it was kept between cells: quality, unloaded memory, timeline and log come with the end of its group.
+    incomplete: bool | None = field(default=None, metadata=OMITTED)
     schema: int = SCHEMA
     # Rules of the verdict on the machine and the client. Files of versions before they were recorded have the first.
     rules: int = field(default=RULES, metadata={"absent": FIRST_RULES})

@@ -157,6 +157,12 @@ def explanations(rows: Sequence[Row]) -> list[tuple[str, str]]:
     return [(f"{code} ({len(texts)} cells)" if len(texts) > 1 else code, texts[0]) for code, texts in found.items()]
 
 
+INCOMPLETE = (
+    "Written while other cells of its group were still to be measured: series, charts, quality, and memory after "
+    "unloading come with the end of the group."
+)
+
+
 def summary_markdown(result: RunResult, metrics: Metrics, verdict: Verdict | None) -> str:
     """Return the one-screen summary of a run, its description in the MLflow UI."""
     cell = result.cell
@@ -181,6 +187,8 @@ def summary_markdown(result: RunResult, metrics: Metrics, verdict: Verdict | Non
         f"**Verdict: {verdict.word if verdict else 'none'}**",
     ]
     lines += [f"- `{reason.code}`: {markdown(reason.sentence)}" for reason in (verdict.reasons if verdict else ())]
+    if result.incomplete:
+        lines += ["", INCOMPLETE]
     if cell.workload == "mixed":
         lines += ["", MIXED]
     if cell.weights == "random":

@@ -17,7 +17,7 @@ from ..measure.task import Task
 from ..records.errors import LlmbenchError, OutOfMemory
 from ..system import machine
 from ..workloads.prompts import load_prompts
-from .executor import MachineFacts, OnEvent, SerialExecutor
+from .executor import MachineFacts, OnEvent, OnPause, SerialExecutor
 
 
 class CallbackExecutor(SerialExecutor):
@@ -29,7 +29,7 @@ class CallbackExecutor(SerialExecutor):
         self.device, self.encode, self.vocab_size = device, encode, vocab_size
         self.function: Generate | None = None
 
-    def wait(self, on_event: OnEvent) -> tuple[Task, GroupOutcome]:
+    def wait(self, on_event: OnEvent, on_pause: OnPause) -> tuple[Task, GroupOutcome]:
         """Measure the submitted task, as a worker would."""
         task, _ = self.take()
         on_event(task, GroupBegun())

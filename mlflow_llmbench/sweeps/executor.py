@@ -21,6 +21,9 @@ from ..system.estimate import AvailableMemory
 OnEvent = Callable[[Task, Event], None]
 """Callback for an event of a task: `GroupBegun`, or an event of its worker; on a cluster with the node's name."""
 
+OnPause = Callable[[Task, GroupOutcome], None]
+"""Callback between two cells of a task, while its worker waits, with the outcome of the task so far."""
+
 NextCell = Callable[[Task, GroupOutcome], tuple[Cell, Path] | None]
 """Choose the next cell of a search, with its folder, from the outcome of its task so far; None ends the search."""
 
@@ -70,8 +73,11 @@ class Executor(Protocol):
         On this machine `next_cell` chooses further cells; the task that `wait` returns has them.
         """
 
-    def wait(self, on_event: OnEvent) -> tuple[Task, GroupOutcome]:
-        """Wait until a task has ended, passing events to `on_event`. Returns the task and its outcome."""
+    def wait(self, on_event: OnEvent, on_pause: OnPause) -> tuple[Task, GroupOutcome]:
+        """Wait until a task has ended, passing events to `on_event`. Returns the task and its outcome.
+
+        `on_pause` is called between cells only where a worker can wait for it: on this machine.
+        """
 
     def withdraw(self) -> list[Task]:
         """Withdraw the tasks that no machine has begun, and return them."""

@@ -10,7 +10,7 @@ from ..measure.group import measure_group
 from ..measure.outcome import GroupOutcome
 from ..measure.task import Task
 from ..records.cell import Cell, Options
-from .executor import OnEvent, SerialExecutor, this_machine
+from .executor import OnEvent, OnPause, SerialExecutor, this_machine
 
 
 class LocalExecutor(SerialExecutor):
@@ -20,7 +20,7 @@ class LocalExecutor(SerialExecutor):
         super().__init__(this_machine(options, devices))
         self.prepared: set[Cell] = set()  # cells whose files are on this disk
 
-    def wait(self, on_event: OnEvent) -> tuple[Task, GroupOutcome]:
+    def wait(self, on_event: OnEvent, on_pause: OnPause) -> tuple[Task, GroupOutcome]:
         """Measure the submitted task in a worker of its own."""
         task, next_cell = self.take()
         task = dataclasses.replace(task, prepare=not self.prepared.issuperset(task.cells))
@@ -32,6 +32,11 @@ class LocalExecutor(SerialExecutor):
                 task = task.with_cell(*found)
             return found
 
-        outcome = measure_group(task, lambda event: on_event(task, event), more=more if next_cell else None)
+        outcome = measure_group(
+            task,
+            lambda event: on_event(task, event),
+            more=more if next_cell else None,
+            pause=lambda so_far: on_pause(task, so_far),
+        )
         self.prepared |= set(task.cells)
         return task, outcome

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections import deque
@@ -29,7 +30,7 @@ from .executor import Executor
 from .job import Job, write_job
 from .planning import Plan
 from .progress import ProgressListener
-from .results import env_hashes, failed_result, measured_result
+from .results import env_hashes, failed_result, incomplete_result, measured_result
 from .run_recorder import RunRecorder
 
 MOST_LOSSES = 3
@@ -173,7 +174,7 @@ class Sweep:
                 self._submit(waiting.popleft())
             if executor.busy:
                 known = len(self.failed)
-                left = self._take(*executor.wait(self._on_event))
+                left = self._take(*executor.wait(self._on_event, self._keep_between))
                 if left:
                     waiting.appendleft(left)
                 if len(self.failed) > known:  # waiting cells may be too large as well
@@ -262,6 +263,22 @@ class Sweep:
         return cell, job.folder
 
     # Keep
+
+    def _keep_between(self, task: Task, outcome: GroupOutcome) -> None:
+        """Write and upload the cell that a worker has just measured, while it waits to go on with its group.
+
+        Charts, and what only the end of the group brings, come with that. What fails here is tried again, and reported,
+        there. A cell of several processes is left to the last of them.
+        """
+        number = list(outcome.measured)[-1]
+        job = self._jobs_of(task)[number]
+        if job.cell.processes > 1:
+            return
+        with contextlib.suppress(Exception):
+            told = dataclasses.replace(job, attempts=[(outcome, number)], tried=None)
+            result = redact_all(incomplete_result(told, self.plan.spec, self.plan.machine.environment))
+            artifacts.write_cell(result, job.folder / "artifacts")
+            self.recorder.upload_between(job, result)
 
     def _count(self, task: Task, outcome: GroupOutcome) -> None:
         """Add the outcome to each job of the task that it measured, and note those that it only began."""

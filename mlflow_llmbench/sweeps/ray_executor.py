@@ -47,7 +47,7 @@ from ..records.errors import (
 )
 from ..system import machine
 from ..system.estimate import AvailableMemory
-from .executor import MachineFacts, NextCell, OnEvent
+from .executor import MachineFacts, NextCell, OnEvent, OnPause
 
 EXCLUSIVE_RESOURCE = "node:__internal_implicit_resource_llmbench"
 """Resource that keeps our tasks on separate nodes.
@@ -296,8 +296,11 @@ class RayExecutor:
         self.submissions.append(submission)
         self.submitted += 1
 
-    def wait(self, on_event: OnEvent) -> tuple[Task, GroupOutcome]:
-        """Pass the nodes' events to `on_event` until a task has ended. Returns that task and its outcome."""
+    def wait(self, on_event: OnEvent, on_pause: OnPause) -> tuple[Task, GroupOutcome]:
+        """Pass the nodes' events to `on_event` until a task has ended. Returns that task and its outcome.
+
+        Its worker does not wait between cells: its answer would have to come from another machine.
+        """
         while True:
             with _connected():
                 ended, _ = self.ray.wait([one.ref for one in self.submissions], timeout=POLL_S)

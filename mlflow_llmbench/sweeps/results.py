@@ -34,7 +34,7 @@ def measured_result(job: Job, spec: BenchSpec, environment: Mapping[str, Any]) -
     result = empty_result(job, spec, first.environment or job.planned.environment or environment, "ok")
     found = dataclasses.replace(
         result,
-        load=first.load,
+        load=first.load_of(number),
         first_call_ms=measured[0].first_call_ms if number == 0 else None,
         warmup_s=measured[0].warmup_s,
         steady=all(one.steady for one in measured),
@@ -56,6 +56,16 @@ def measured_result(job: Job, spec: BenchSpec, environment: Mapping[str, Any]) -
         log=tuple(first.log),
     )
     return _continued(job.earlier, found.repetitions, found) if job.earlier else found
+
+
+def incomplete_result(job: Job, spec: BenchSpec, environment: Mapping[str, Any]) -> RunResult:
+    """Return the result of a job whose group is still being measured: without what the end of the group brings.
+
+    What it has does not change any more, so its figures are those of the whole result.
+    """
+    result = measured_result(job, spec, environment)
+    quality = result.quality if quality_order.never(job.cell) else None
+    return dataclasses.replace(result, timeline=(), log=(), quality=quality, incomplete=True)
 
 
 def _continued(earlier: RunResult, more: tuple[Repetition, ...], now: RunResult) -> RunResult:

@@ -77,9 +77,10 @@ def _taken_over(found: RunResult, job: Job, spec: BenchSpec) -> RunResult:
 
 
 def _is_same(found: RunResult, job: Job, env_hashes: Sequence[str]) -> bool:
-    """Return True if a result was measured, not taken over, with the configuration and workload of a job."""
+    """Return True if a whole result was measured, not taken over, with the configuration and workload of a job."""
     ours = [getattr(found.hashes, name) == getattr(job.planned.hashes, name) for name in ("config", "workload")]
-    return found.schema == SCHEMA and not found.linked and found.hashes.env in env_hashes and all(ours)
+    is_own = not found.linked and not found.incomplete
+    return found.schema == SCHEMA and is_own and found.hashes.env in env_hashes and all(ours)
 
 
 def _is_valid(found: RunResult) -> bool:

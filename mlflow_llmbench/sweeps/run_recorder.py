@@ -39,6 +39,15 @@ HURRY_S = 10.0
 PATIENCE_S = 5.0
 """Seconds spent waiting for an unreachable store after which it is not asked again until the end."""
 
+QUICK_S = 1.0
+QUICK_SHARE = 0.2
+"""An upload between two cells is quick if it takes at most this many seconds, or this share of the cell's own time."""
+
+REST_S = 60.0
+REST_FACTOR = 10.0
+"""After one that was not quick, or that failed, nothing is uploaded between cells for this many seconds, and for this
+many times its duration, so that uploads take at most a tenth of the time."""
+
 
 class RunRecorder:
     """Records one sweep as runs of one store.
@@ -57,6 +66,7 @@ class RunRecorder:
         self.missed: list[str] = []  # not in the store yet; `retry` uploads it
         self.unwritten: list[str] = []  # could not be written to the disk
         self.waited_s = 0.0
+        self.rests_until = 0.0  # time of `time.monotonic` before which nothing is uploaded between cells
         self.hurried = False  # the command was interrupted
 
     @property
@@ -126,6 +136,28 @@ class RunRecorder:
         job.uploaded = bool(self._call_store(job.name, send))
         if not job.uploaded:
             self.end(job.run_id, "error")
+
+    def upload_between(self, job: Job, result: RunResult) -> None:
+        """Log the figures of a finished cell on its run while its group goes on, if the store answers quickly.
+
+        The run stays open until `upload` completes it. The worker waits meanwhile, so an upload that is not quick is
+        the last one for a while.
+        """
+        started = time.monotonic()
+        if self.store is None or started < self.rests_until:
+            return
+        if not job.run_id:
+            self.begin(job, result.started_ms)
+        asked = self.asked if self.parent_name is None else {}
+
+        def send(store: Store) -> bool:
+            runs.upload_figures(store, job.run_id, result, job.folder / "artifacts", asked)
+            return True
+
+        done = bool(job.run_id) and self._call_store(job.name, send)
+        took = time.monotonic() - started
+        if not done or took > max(QUICK_S, QUICK_SHARE * (result.ended_ms - result.started_ms) / 1000):
+            self.rests_until = time.monotonic() + max(REST_S, REST_FACTOR * took)
 
     def end(self, run_id: str, outcome: str) -> None:
         """End a run now."""

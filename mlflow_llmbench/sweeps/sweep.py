@@ -1,8 +1,8 @@
 """Measure one configuration or a sweep: parse, plan, execute.
 
 The command line, MLproject and Python all call `run`. While a worker measures on this machine, this process only
-watches it: runs are uploaded when their group has ended. An executor measures the groups, on this machine or on a
-cluster. This thread writes and uploads all results.
+watches it: figures are uploaded between cells, while it waits, and the rest when their group has ended. An executor
+measures the groups, on this machine or on a cluster. This thread writes and uploads all results.
 """
 
 from __future__ import annotations

@@ -351,7 +351,8 @@ def recover(folder: Path) -> tuple[int, list[str]]:
     for job in begun.values():
         _add_untold(job, problems)
         whole += job.measured
-        if not (job.folder / "artifacts" / "result.json").exists():
+        is_kept = (job.folder / "artifacts" / "result.json").exists()
+        if not is_kept or (job.measured and _is_incomplete(job.folder / "artifacts")):
             crashed |= not job.measured
             try:
                 _write(job, spec, known.get("environment") or {})
@@ -363,6 +364,14 @@ def recover(folder: Path) -> tuple[int, list[str]]:
         outcome_word = _outcome(folder, [cell.result for cell in _results(folder, known).cells], known["cells"])
     journal.write_json(folder / "ended.json", {"outcome": outcome_word, "uploaded": False})
     return whole, problems
+
+
+def _is_incomplete(folder: Path) -> bool:
+    """Return True if the result in a folder was kept between two cells."""
+    try:
+        return bool(journal.read_result(folder).incomplete)
+    except JournalError:
+        return False
 
 
 def _readable(path: Path, problems: list[str]) -> Iterator[Event]:

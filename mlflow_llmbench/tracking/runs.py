@@ -127,15 +127,35 @@ def upload_cell(store: Store, run_id: str, result: RunResult, artifacts: Path, a
     """
     metrics = summarize(result)
     verdict = judge(result, metrics)
+    note = _linked(store, result) + summary_markdown(result, metrics, None if result.failure else verdict)
+    _log_cell(store, run_id, result, [*_points(result, metrics), *series(result)], artifacts, asked)
+    log_tags(store, run_id, cell_tags(result, verdict) | {"mlflow.note.content": note, UPLOADED_TAG: "true"})
+
+
+def upload_figures(store: Store, run_id: str, result: RunResult, artifacts: Path, asked: Mapping[str, str]) -> None:
+    """Upload what `upload_cell` does, but no series and neither outcome nor verdict: more of the result is to come."""
+    metrics = summarize(result)
+    _log_cell(store, run_id, result, _points(result, metrics), artifacts, asked)
+    log_tags(store, run_id, {"mlflow.note.content": summary_markdown(result, metrics, judge(result, metrics))})
+
+
+def _points(result: RunResult, metrics: Mapping[str, float]) -> list[Point]:
+    return [Point(key, 0, value, result.ended_ms) for key, value in metrics.items()]
+
+
+def _log_cell(
+    store: Store,
+    run_id: str,
+    result: RunResult,
+    points: Sequence[Point],
+    artifacts: Path,
+    asked: Mapping[str, str],
+) -> None:
     facts = {key: str(value) for key, value in (result.load.facts if result.load else {}).items()}
     log_params(store, run_id, {**cell_params(result.cell), **asked, **facts})
-    note = _linked(store, result) + summary_markdown(result, metrics, None if result.failure else verdict)
-    log_metrics(
-        store, run_id, [Point(key, 0, value, result.ended_ms) for key, value in metrics.items()] + series(result)
-    )
+    log_metrics(store, run_id, points)
     _log_workload(store, run_id, result)
     _log_artifacts(store, run_id, artifacts)
-    log_tags(store, run_id, cell_tags(result, verdict) | {"mlflow.note.content": note, UPLOADED_TAG: "true"})
 
 
 def _linked(store: Store, result: RunResult) -> str:

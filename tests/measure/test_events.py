@@ -61,6 +61,7 @@ EXAMPLES: Sequence[Event] = (
     events.CellMeasured(0, MEASURED, ({"prompt": "Grüße", "output": "zwölf\n"},)),
     events.CellMeasured(0),
     events.CellRequested(),
+    events.PauseBegun(),
     events.EvaluationBegun("digest"),
     events.ScoringProgress(1, 3),
     events.ScoringProgress(7),
