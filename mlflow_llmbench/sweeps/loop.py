@@ -272,19 +272,19 @@ class Sweep:
         """
         number = list(outcome.measured)[-1]
         job = self._jobs_of(task)[number]
+        job.attempts.append((outcome, number))
         if job.cell.processes > 1:
             return
         with contextlib.suppress(Exception):
-            told = dataclasses.replace(job, attempts=[(outcome, number)], tried=None)
-            result = redact_all(incomplete_result(told, self.plan.spec, self.plan.machine.environment))
+            result = redact_all(incomplete_result(job, self.plan.spec, self.plan.machine.environment))
             artifacts.write_cell(result, job.folder / "artifacts")
             self.recorder.upload_between(job, result)
 
     def _count(self, task: Task, outcome: GroupOutcome) -> None:
         """Add the outcome to each job of the task that it measured, and note those that it only began."""
         for own, job in enumerate(self._jobs_of(task)):
-            if own in outcome.measured:
-                job.attempts.append((outcome, own))
+            if own in outcome.measured and all(known is not outcome for known, _ in job.attempts):
+                job.attempts.append((outcome, own))  # unless it was kept between cells
             job.tried = (outcome, own) if own in outcome.cells and own not in outcome.measured else None
 
     def _take(self, task: Task, outcome: GroupOutcome) -> list[Job]:

@@ -147,6 +147,17 @@ def test_an_interruption_leaves_whole_what_was_kept_between_cells(
     assert [one.incomplete for one in kept() if one.outcome == "ok"] == [None]
 
 
+def test_an_error_of_our_own_leaves_whole_what_was_kept_between_cells(store_uri: str) -> None:
+    def fail() -> None:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        measure(At(CellBegun, 1, fail), batch_size="1,2")
+    found = {name: (one.info.status, one.data.tags["llmbench.outcome"]) for name, one in children(store_uri).items()}
+    assert found == {"batch_size=2": ("FINISHED", "ok"), "batch_size=1": ("FAILED", "error")}
+    assert [one.incomplete for one in kept()] == [None, None]
+
+
 def test_a_store_that_is_not_quick_gets_the_later_cells_at_the_end(
     store_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
