@@ -55,7 +55,6 @@ FIGURES = (
     "latency/ttft_ms_mean",
     "latency/tpot_ms_mean",
     "latency/e2e_ms_mean",
-    "memory/host_needed_gb_peak",
     "first warm-up, s",
 )
 
