@@ -129,27 +129,26 @@ def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 CALLS = [
-    (batches, call)
-    for batches, calls in {
-        "1": ("create_run", "log_batch", "set_terminated"),
-        "1,2": ("create_run", "log_batch", "log_inputs", "log_artifacts", "set_tag", "set_terminated"),
-    }.items()
-    for call in calls
+    *(("1", call, 1) for call in ("create_run", "log_batch", "set_terminated")),
+    *(("1,2", call, 3) for call in ("create_run", "log_artifacts", "set_tag", "set_terminated")),
+    *(("1,2", *which) for which in (("log_batch", 9), ("log_inputs", 2))),
+    *(("1,2", *which) for which in (("log_batch", 3), ("log_inputs", 1))),  # between the two cells
 ]
+"""Batch sizes, a call of the store, and which of its uses is interrupted."""
 
 
 @pytest.mark.usefixtures("no_charts")
-@pytest.mark.parametrize(("batches", "call"), CALLS)
+@pytest.mark.parametrize(("batches", "call", "which"), CALLS)
 def test_an_interruption_at_any_call_of_the_store_loses_nothing(
-    store_uri: str, monkeypatch: pytest.MonkeyPatch, call: str, batches: str
+    store_uri: str, monkeypatch: pytest.MonkeyPatch, call: str, batches: str, which: int
 ) -> None:
-    """The signal comes once, after the call has had its effect; in a sweep in the last cell, or in the parent."""
+    """The signal comes once, after the call has had its effect; what was measured then is whole in the end."""
     real, uses = getattr(MlflowClient, call), []
 
     def interrupted(self: Any, *arguments: Any, **keywords: Any) -> Any:
         uses.append(1)
         done = real(self, *arguments, **keywords)
-        if len(uses) == (3 if batches == "1,2" and call != "log_inputs" else 1):
+        if len(uses) == which:
             raise KeyboardInterrupt
         return done
 
@@ -159,10 +158,11 @@ def test_an_interruption_at_any_call_of_the_store_loses_nothing(
     assert (result.exit_code, result.not_uploaded) == (130, ())
     found = content(store_uri)
     assert len(found) == len(result.run_ids) + (result.parent_id is not None)
+    between = (batches, call, which) in CALLS[-2:]
     for name, (status, _, tags, history, files, nested, _) in found.items():
         if nested or result.parent_id is None:
             assert tags["llmbench.uploaded"] == "true"
-            if (batches, call) == ("1", "create_run"):  # before anything was measured
+            if (batches, call) == ("1", "create_run") or (between and name == "batch_size=1"):  # not measured then
                 assert (status, tags["llmbench.outcome"]) == ("KILLED", "interrupted")
                 continue
             assert (status, tags["llmbench.outcome"]) == ("FINISHED", "ok"), name
@@ -176,8 +176,12 @@ def test_an_interruption_at_any_call_of_the_store_loses_nothing(
 def test_a_second_interruption_ends_the_upload_and_the_next_command_completes_it(
     store_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    uses: list[int] = []
+
     def interrupted(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
+        uses.append(1)
+        if len(uses) > 1:  # the first is between the cells
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, "log_artifacts", interrupted)
