@@ -233,11 +233,13 @@ def test_plan_and_run_say_it_once_and_start_nothing(
 
 def test_a_gguf_file_of_an_encoder_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     import gguf
+    import numpy as np
 
     from mlflow_llmbench.backends.huggingface.backend import TransformersBackend
 
     for kind, what in (("bert", "encodes texts"), ("t5", "is an encoder-decoder")):
         writer = gguf.GGUFWriter(tmp_path / f"{kind}.gguf", kind)
+        writer.add_tensor("output_norm.weight", np.ones(4, np.float32))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

@@ -441,21 +441,21 @@ def test_a_tokenizers_own_code_does_not_run_because_the_converter_trusts_it(tiny
     own = {"tokenizer_class": "Tokenizer", "auto_map": {"AutoTokenizer": ["own.Tokenizer", None]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(own))
     code = (
-        "import contextlib, os, sys; from mlflow_llmbench.backends.llamacpp.gguf_convert import trust_code\n"
+        "import contextlib, sys; from mlflow_llmbench.backends.llamacpp.gguf_convert import trust_code\n"
         "from transformers import AutoTokenizer\n"
-        "for trusted in (False, True):\n"
-        "    trust_code(trusted)\n"
-        "    with contextlib.suppress(Exception):\n"
-        "        AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=not trusted)\n"
-        "    print(os.path.exists(sys.argv[2]))\n"
+        "trusted = sys.argv[2] == 'true'\n"
+        "trust_code(trusted)\n"
+        "with contextlib.suppress(Exception):\n"
+        "    AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=not trusted)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(folder), str(trace)],
-        env={**os.environ, "HF_HOME": str(tmp_path / "hf")},
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout.split() == ["False", "True"], done.stderr
+    for trusted in ("false", "true"):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(folder), trusted],
+            env={**os.environ, "HF_HOME": str(tmp_path / "hf")},
+            capture_output=True,
+            text=True,
+        )
+        assert trace.exists() == (trusted == "true"), done.stderr
 
 
 def test_a_failed_making_leaves_nothing(tmp_path: Path) -> None:
