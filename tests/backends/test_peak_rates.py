@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from mlflow_llmbench.analysis import probe
-from mlflow_llmbench.backends.peak_rates import MOST_ROUNDS, MOST_S, measure_peaks, until_two_agree
+from mlflow_llmbench.backends.peak_rates import MOST_ROUNDS, MOST_S, measure_peaks, until_two_agree, worth_measuring
 
 
 class Rounds:
@@ -50,3 +50,8 @@ def test_a_probe_tells_what_it_rests_on() -> None:
     assert found[probe.READ] > 0 and found[probe.FLOPS] > 0
     assert all(0 < found[name] <= 1 for name in probe.AGREEMENT.values())
     assert set(found) <= {probe.READ, probe.FLOPS, *probe.EVIDENCE}
+
+
+def test_what_a_small_trial_shows_to_be_far_slower_is_not_measured() -> None:
+    assert worth_measuring({"float32": 1e-5, "bfloat16": 2e-3}) == ["float32"]
+    assert worth_measuring({"float32": 8e-5, "bfloat16": 1e-5}) == ["float32", "bfloat16"]
