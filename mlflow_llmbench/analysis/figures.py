@@ -5,31 +5,33 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import wraps
 from statistics import fmean
-from typing import TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 from ..records.metric import Metric
 from ..records.results import RunResult
 from ..stats import percentile, supports
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 Figures = dict[str, float | None]
 """MLflow key → value; None where the value is not known, or has no meaning for this result."""
 
 
-def once_per_result(function: Callable[[RunResult], T]) -> Callable[[RunResult], T]:
-    """Keep the value of a pure function with the result it was computed for, which is immutable.
+def once_per_result(function: Callable[Concatenate[RunResult, P], T]) -> Callable[Concatenate[RunResult, P], T]:
+    """Keep the values of a pure function with the result they were computed for, which is immutable.
 
-    Report, upload, table and sweep all need the summary and the verdict of a cell.
+    Report, upload, table and sweep all need the summary and the verdict of a cell, and each comparison its values.
+    Further arguments are hashable and given by their places.
     """
     name = f"{function.__module__}.{function.__name__}"
 
     @wraps(function)
-    def kept(result: RunResult) -> T:
-        if name not in result.__dict__:
-            result.__dict__[name] = function(result)
-        value: T = result.__dict__[name]
-        return value
+    def kept(result: RunResult, /, *further: P.args, **none: P.kwargs) -> T:
+        known: dict[object, T] = result.__dict__.setdefault(name, {})
+        if further not in known:
+            known[further] = function(result, *further, **none)
+        return known[further]
 
     return kept
 

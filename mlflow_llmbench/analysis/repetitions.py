@@ -10,7 +10,7 @@ from ..records.cell import SPECULATIVE, Cell
 from ..records.metrics import E2E, ITL, OUTPUT_RATE, TPOT, TTFT
 from ..records.results import Repetition, RequestRecord, RunResult
 from ..stats import bootstrap_interval, sequence_interval, t_interval
-from .figures import mean_of
+from .figures import mean_of, once_per_result
 from .latency import e2e_ms, gaps_ms, tpot_ms, ttft_ms
 
 SINGLE_SHARE = 0.95
@@ -95,16 +95,18 @@ def process_count(result: RunResult) -> int:
 def unit_values(result: RunResult, of: Callable[[Repetition], float | None]) -> list[float] | None:
     """One value per unit of `inference_units`: the mean over its repetitions.
 
-    None if a repetition has none, or there is no repetition. Kept with the result, since each comparison of a result
-    with others needs them again.
+    None if a repetition has none, or there is no repetition.
     """
-    known: dict[object, list[float] | None] = result.__dict__.setdefault("unit_values", {})
-    if of not in known:
-        found = [[of(repetition) for repetition in unit] for unit in inference_units(result)]
-        whole = found and all(value is not None for values in found for value in values)
-        known[of] = [fmean(value for value in values if value is not None) for values in found] if whole else None
-    values = known[of]
+    values = _unit_values(result, of)
     return None if values is None else list(values)
+
+
+@once_per_result
+def _unit_values(result: RunResult, of: Callable[[Repetition], float | None]) -> tuple[float, ...] | None:
+    found = [[of(repetition) for repetition in unit] for unit in inference_units(result)]
+    if not found or any(value is None for values in found for value in values):
+        return None
+    return tuple(fmean(value for value in values if value is not None) for values in found)
 
 
 def output_rate(repetition: Repetition) -> float | None:

@@ -270,8 +270,8 @@ class Sweep:
         Charts, and what only the end of the group brings, come with that. What fails here is tried again, and reported,
         there. A cell of several processes is left to the last of them.
         """
-        number = list(outcome.measured)[-1]
-        job = self._jobs_of(task)[number]
+        number = next(reversed(outcome.measured))
+        job = self.job_of[task.folders[number]]
         job.attempts.append((outcome, number))
         if job.cell.processes > 1:
             return

@@ -96,7 +96,7 @@ def upload(folder: str, tracking_uri: str | None = None, experiment: str | None 
     Raises JournalError if nothing of the folder can be uploaded, TrackingError for a problem of the store.
     """
     if not os.path.isdir(folder):
-        raise JournalError(f"There is no folder {folder}. Give a folder that `llmbench run` has printed.")
+        raise JournalError(f"There is no folder {folder}. {GIVE}")
 
     def act(root: Path) -> Uploaded:
         read_sweep(root)
@@ -318,10 +318,7 @@ def read_sweep(root: Path) -> tuple[BenchSpec, dict[str, Any]]:
         more = {"parent": None, "asked": {}, **known, "order": order, "cells": int(known["cells"])}
         return parse(known["parameters"], recorded=True), more
     except (OSError, ValueError, KeyError, TypeError, AttributeError, UsageError):
-        raise JournalError(
-            f"{root} is not the folder of a sweep: it has no readable sweep.json. "
-            "Give a folder that `llmbench run` has printed."
-        ) from None
+        raise JournalError(f"{root} is not the folder of a sweep: it has no readable sweep.json. {GIVE}") from None
 
 
 def recover(folder: Path) -> tuple[int, list[str]]:

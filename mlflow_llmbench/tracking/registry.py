@@ -32,7 +32,7 @@ from ..records.reading import Unreadable
 from ..records.redaction import redact
 from ..records.results import RunResult
 from ..reports.result import summary_markdown
-from .runs import PARENT_TAG, cell_params
+from .runs import PARENT_TAG, cell_params, set_tags
 from .search import RUN_REFERENCE, cells_of_run, download_result, runs_of_sweep
 from .store import Store, plain_errors
 
@@ -439,9 +439,8 @@ def log_gate(
         "gate_accepted_suspect": accepted_suspect or "",
         "gate_measured": measured or "",
     }
+    set_tags(store, run_id, tags)
     with plain_errors(store.uri):
-        for name, value in tags.items():
-            store.client.set_tag(run_id, f"llmbench.{name}", redact(value)[:5000])
         store.client.log_artifacts(run_id, str(folder), "gate")
 
 
