@@ -28,6 +28,7 @@ from ..records.errors import NotComparable, UsageError
 from ..records.metric import Compared, Entry
 from ..records.metrics import OUTPUT_RATE, PEAK_MEMORY, shown_in
 from ..records.results import Repetition, RunResult, Verdict
+from ..records.text import known_words
 from ..records.verdicts import DISTURBING
 from ..stats import MeanDifference, Part, holm, mann_whitney, mean_part, pair_differences, t_test
 from .comparability import ALLOWABLE, Difference, differences, same_evidence, value_text
@@ -263,7 +264,9 @@ def _check(noise: float, allow: frozenset[str]) -> None:
         raise UsageError(f"The noise threshold is not a ratio from 0 to below 1: {noise}. Give 0.01 for 1 %.")
     unknown = sorted(allow.difference(ALLOWABLE))
     if unknown:
-        raise UsageError(f"Unknown kind of difference to allow: {', '.join(unknown)}. Known: {', '.join(ALLOWABLE)}.")
+        raise UsageError(
+            f"Unknown kind of difference to allow: {', '.join(unknown)}. {known_words(unknown[0], ALLOWABLE)}"
+        )
 
 
 def _check_pairs(repetitions: tuple[int, int], processes: tuple[int, int]) -> None:

@@ -1,4 +1,4 @@
-"""Commands that decide: recommend, register, gate, promote, export, reproduce; and import, which adds other results."""
+"""Commands that decide: recommend, register, gate, promote, export."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING
 from ..records.errors import UsageError
 from ..records.invocation import command_text
 from ..records.redaction import redact
-from ..records.text import plural
 from .options import (
     ACCEPT_SUSPECT,
     JSON,
     PERMISSIONS,
     TRACKING_URI,
     Option,
+    allow,
     comma_list,
     command,
     output_dir,
-)  # fmt: skip
+    permissions,
+)
 from .output import print_json
 
 if TYPE_CHECKING:
@@ -30,13 +31,14 @@ if TYPE_CHECKING:
 
 @command(
     "recommend",
-    "choose the best configuration among results, within limits, and explain the choice",
+    "choose the best configuration within limits, and say why",
     Option("references", "sweep, run id, runs:/ID, or results folder", "RESULT", many=True, entry_name="sweep"),
     Option(
         "--goal",
-        "optimize throughput, latency, cost or energy (default: throughput)",
-        "GOAL",
+        "what to optimize (default: throughput)",
+        "[throughput|latency|cost|energy]",
         default="throughput",
+        words=("throughput", "latency", "cost", "energy"),
     ),
     Option(
         "--max-memory",
@@ -52,16 +54,15 @@ if TYPE_CHECKING:
         "LIST",
         optional=True,
     ),
-    Option(
-        "--allow",
-        "compare results despite these differences: hardware,software,workload,scenario",
-        "LIST",
-        optional=True,
-    ),
+    allow("hardware", "software", "workload", "scenario"),
     ACCEPT_SUSPECT,
-    Option("--output", "also write the files into this folder", "FOLDER"),
+    Option("--output", "also write the files into this folder", "FOLDER", panel="results"),
     JSON,
     TRACKING_URI,
+    examples=(
+        "recommend SWEEP --max-memory 6GB --max-ttft 200ms",
+        "recommend SWEEP_A SWEEP_B --goal latency --min-quality kl=0.05",
+    ),
     entry_point="recommend",
 )
 def recommend(
@@ -96,7 +97,7 @@ def recommend(
 
 @command(
     "register",
-    "add a measured configuration to the MLflow Model Registry, with its evidence",
+    "add a configuration to the Model Registry with its evidence",
     Option(
         "reference",
         "run id, parent run of a sweep with a recommendation, or a recommendation.json file",
@@ -113,6 +114,10 @@ def recommend(
     ACCEPT_SUSPECT,
     JSON,
     TRACKING_URI,
+    examples=(
+        "register SWEEP --name support-bot",
+        "register RUN --name support-bot --accept-suspect 'measured on a shared machine'",
+    ),
     entry_point="register",
 )
 def register(
@@ -132,7 +137,7 @@ def register(
 
 @command(
     "gate",
-    "compare a measured run with the champion of a registered model; the exit code is the verdict",
+    "check a run against the champion of a registered model",
     Option("candidate", "run id, sweep, results folder, or models:/NAME@ALIAS", "CANDIDATE", entry_name="candidate"),
     Option("--against", "models:/NAME@champion, or models:/NAME/VERSION", "VERSION", required=True),
     Option(
@@ -149,13 +154,18 @@ def register(
     ),
     Option("--pairs", "number of fresh processes per side; implies --measure (default: 6)", "N", optional=True),
     output_dir("with --measure: folder for results"),
-    Option("--experiment", "with --measure: MLflow experiment (default: llmbench)", "NAME"),
+    Option("--experiment", "with --measure: MLflow experiment (default: llmbench)", "NAME", panel="results"),
     *PERMISSIONS,
-    Option("--junit", "write the verdict as JUnit XML", "FILE"),
-    Option("--markdown", "write the verdict as Markdown", "FILE"),
+    Option("--junit", "write the verdict as JUnit XML", "FILE", panel="results"),
+    Option("--markdown", "write the verdict as Markdown", "FILE", panel="results"),
     ACCEPT_SUSPECT,
     JSON,
     TRACKING_URI,
+    description="The exit code is the verdict: 0 pass, 1 regression, 2 not comparable, 3 invalid, 4 nothing judged.",
+    examples=(
+        "gate models:/support-bot@candidate --against models:/support-bot@champion --limit ttft=10%",
+        "gate RUN --against models:/support-bot/3 --measure --junit gate.xml",
+    ),
     failure_code=4,
     entry_point="gate",
 )
@@ -180,7 +190,7 @@ def gate(
 
     again = Remeasure(
         _pairs(pairs),
-        _permissions(trust_remote_code, allow_pickle),
+        permissions(trust_remote_code, allow_pickle),
         output_dir,
         experiment,
         Progress(sys.stderr),
@@ -212,6 +222,7 @@ def gate(
     Option("version", "models:/NAME@candidate, models:/NAME/VERSION, or models:/NAME@previous to go back", "VERSION"),
     JSON,
     TRACKING_URI,
+    examples=("promote models:/support-bot@candidate", "promote models:/support-bot@previous"),
 )
 def promote(version: str, json: bool, tracking_uri: str | None) -> int:
     """Print the new champion and the way back."""
@@ -228,18 +239,23 @@ def promote(version: str, json: bool, tracking_uri: str | None) -> int:
 
 @command(
     "export",
-    "write the command or manifest that serves a registered version with another engine",
+    "write what serves a registered version with another engine",
     Option("version", "models:/NAME@champion, or models:/NAME/VERSION", "VERSION"),
     Option(
         "--for",
-        "vllm, tgi, sglang, llama.cpp, transformers, docker-compose or kubernetes",
+        "engine or manifest: vllm, tgi, sglang, llama.cpp, transformers, docker-compose or kubernetes",
         "TARGET",
         required=True,
         key="target",
+        words=("vllm", "tgi", "sglang", "llama.cpp", "transformers", "docker-compose", "kubernetes"),
     ),
-    Option("--output", "write it to this file (default: print it)", "FILE"),
+    Option("--output", "write it to this file (default: print it)", "FILE", panel="results"),
     JSON,
     TRACKING_URI,
+    examples=(
+        "export models:/support-bot@champion --for vllm",
+        "export models:/support-bot/3 --for docker-compose --output compose.yaml",
+    ),
 )
 def export(version: str, target: str, output: str | None, json: bool, tracking_uri: str | None) -> int:
     """Print the text, or where it was written."""
@@ -252,88 +268,7 @@ def export(version: str, target: str, output: str | None, json: bool, tracking_u
     return 0
 
 
-@command(
-    "reproduce",
-    "measure a run or a registered version again and compare; the exit code says whether they agree",
-    Option("reference", "run id, runs:/ID, results folder, or models:/NAME@ALIAS", "RUN", entry_name="run"),
-    Option("--margin", "largest difference that counts as equivalent (default: 5%)", "RATIO", default="5%"),
-    *PERMISSIONS,
-    Option("--url", "present address of the server, for a run that measured one", "URL", optional=True),
-    output_dir("folder for results"),
-    Option("--experiment", "MLflow experiment (default: the run's)", "NAME"),
-    JSON,
-    TRACKING_URI,
-    failure_code=4,
-    entry_point="reproduce",
-)
-def reproduce(
-    reference: str, margin: str, trust_remote_code: bool, allow_pickle: bool, url: str | None, output_dir: str,
-    experiment: str | None, json: bool, tracking_uri: str | None,
-) -> int:  # fmt: skip
-    """Print the verdict.
-
-    Exit code: 0 equivalent, 1 different, 2 not comparable or a wrong parameter, 3 invalid, 4 undecided or not measured.
-    """
-    from ..analysis.decisions.gate import parse_ratio
-    from ..reports import comparison, reproduction
-    from ..sweeps.progress import Progress
-    from ..workflows import reproduce
-
-    done = reproduce.reproduce(
-        reference,
-        margin=parse_ratio("--margin", margin),
-        permissions=_permissions(trust_remote_code, allow_pickle),
-        url=url,
-        output_dir=output_dir,
-        tracking_uri=tracking_uri,
-        experiment=experiment,
-        watcher=Progress(sys.stderr),
-        say=print,
-    )
-    print(reproduction.format_reproduction(done.found))
-    if done.comparison:
-        print(f"\n{comparison.format_comparison(done.comparison)}")
-    if done.sweep:
-        print(f"\nResults: {done.sweep.folder}")
-    if json:
-        told = {"original": done.original.name, "original_run_id": done.original.run_id, "run_id": done.run_id}
-        print_json({**reproduction.reproduction_json(done.found), **told})
-    return done.found.exit_code
-
-
-@command(
-    "import",
-    "import results of vllm bench serve, GuideLLM, AIPerf, llama-bench or optimum-benchmark into the store",
-    Option("files", "JSON file that the program wrote", "FILE", many=True),
-    Option("--experiment", "MLflow experiment (default: llmbench)", "NAME"),
-    JSON,
-    TRACKING_URI,
-)
-def import_(files: Sequence[str], experiment: str | None, json: bool, tracking_uri: str | None) -> int:
-    """Print the imported measurements of each file."""
-    from ..workflows.import_results import import_file
-
-    told = []
-    for file in files:
-        done = import_file(file, tracking_uri, experiment)
-        count = plural(len(done.found), "measurement")
-        print(f"{file}: {count} of {done.found[0].source}, {done.new} of them new.")
-        for one, run_id in zip(done.found, done.run_ids, strict=True):
-            ours = ", ".join(sorted(one.metrics)) or "nothing"
-            print(f"  {run_id}  {one.name}: {plural(len(one.own), 'figure')} under its own names; under ours: {ours}")
-            figures = {"metrics": dict(one.metrics), "own": dict(one.own)}
-            told.append({"file": file, "source": one.source, "run_id": run_id, **figures})
-    if json:
-        print_json(told)
-    return 0
-
-
-COMMANDS = (recommend, register, gate, promote, export, reproduce, import_)
-
-
-def _permissions(trust_remote_code: bool, allow_pickle: bool) -> frozenset[str]:
-    given = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
-    return frozenset(name for name, allowed in given.items() if allowed)
+COMMANDS = (recommend, register, gate, promote, export)
 
 
 def _pairs(text: str | None) -> int:

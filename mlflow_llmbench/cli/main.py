@@ -5,39 +5,41 @@ Slow imports happen inside the commands.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import TextIO, cast
+from typing import Any, TextIO, cast
 
-from .. import __version__
+import click
+from click.shell_completion import shell_complete
+
 from ..records.errors import LlmbenchError
 from ..records.invocation import PROGRAM, begun_folders, called_as, invocation_of
 from ..records.redaction import Terminal
 from ..system.python_command import forget_working_directory
-from ..tracking.store import told_at_once
-from . import decisions, environment, measure, results
+from . import comparison, decisions, inspection, measure, parser
+from .completion import VARIABLE
 from .interruption import interruptible
-from .options import Parser, entry_points
+from .options import entry_points
+from .parser import Call, Program
 
-COMMANDS = {
-    command.name: command
-    for command in (*measure.COMMANDS, *results.COMMANDS, *environment.COMMANDS, *decisions.COMMANDS)
+GROUPS = {
+    "Measure": measure.COMMANDS,
+    "Compare": comparison.COMMANDS,
+    "Decide": decisions.COMMANDS,
+    "Inspect": inspection.COMMANDS,
 }
-"""All commands by name, in the order of the help."""
+"""All commands in groups, in the order of the help."""
+
+COMMANDS = {command.name: command for commands in GROUPS.values() for command in commands}
+"""All commands by name."""
 
 
-def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
-    """Build the parser of all commands. `program` is how the user called us."""
-    parser = Parser(prog=program, description="Honest benchmarks of quantized language models, each one an MLflow run.")
-    parser.add_argument("--version", action="version", version=f"llmbench {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-    for command in COMMANDS.values():
-        command.add_to(commands)
-    return parser
+def parse(arguments: Sequence[str], program: str = PROGRAM) -> Call:
+    """Parse the arguments of the program. See `parser.parse`."""
+    return parser.parse(GROUPS, arguments, program)
 
 
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
@@ -58,12 +60,14 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
 def _main(arguments: Sequence[str] | None, program: str) -> int:
     failure_code = 1
     try:
-        given = build_parser(program).parse_args(arguments)
-        command = COMMANDS[given.command]
-        failure_code = command.failure_code
-        goes_on = _warn if command in measure.COMMANDS else None
-        with told_at_once(getattr(given, "tracking_uri", None), goes_on):
-            return command.run(given)
+        if instruction := os.environ.get(VARIABLE):
+            return shell_complete(Program(GROUPS), {}, PROGRAM, VARIABLE, instruction)
+        call = parse(sys.argv[1:] if arguments is None else arguments, program)
+        failure_code = call.command.failure_code
+        with _told_at_once(call):
+            return call.run()
+    except click.exceptions.Exit as done:
+        return done.exit_code
     except LlmbenchError as error:
         print(f"llmbench: {error}", file=sys.stderr)
         return failure_code if error.exit_code == 1 else error.exit_code
@@ -78,11 +82,21 @@ def _main(arguments: Sequence[str] | None, program: str) -> int:
         return 1
 
 
+def _told_at_once(call: Call) -> contextlib.AbstractContextManager[Any]:
+    """Tell before the command runs that the store it was given does not answer. A command that measures goes on."""
+    uri = call.values.get("tracking_uri")
+    if not uri:
+        return contextlib.nullcontext()
+    from ..tracking.store import told_at_once
+
+    return told_at_once(str(uri), _warn if call.command in measure.COMMANDS else None)
+
+
 def _so_far(arguments: Sequence[str] | None) -> str:
     """Say what an interrupted command leaves behind."""
     if folders := begun_folders():
         return f". What was measured is in {', '.join(folders)}"
-    measures = {command.name for command in measure.COMMANDS if command.name != "plan"}
+    measures = {command.name for command in measure.COMMANDS}
     given = sys.argv[1:] if arguments is None else arguments
     return " before anything was measured" if measures.intersection(given[:1]) else ""
 

@@ -1,4 +1,4 @@
-"""Commands that measure: run, online, ab, calibrate, study, qat; and plan, which previews `run`."""
+"""Commands that measure: run, online, ab, study, calibrate, qat."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..config.spec import parse, read_yaml
 from ..config.training import parse_training
 from ..records.backends import SERVER_BACKEND
 from ..records.cell import Cell, split_list
@@ -19,8 +18,10 @@ from .options import (
     ONLINE_OPTIONS,
     RUN_OPTIONS,
     SHARE,
+    SINGLE_OPTIONS,
     TRACKING_URI,
     Option,
+    checked_parameters,
     command,
     training_options,
 )
@@ -35,32 +36,16 @@ from .output import print_json, print_version_warnings
     JSON,
     TRACKING_URI,
     EXPERIMENT,
-    description="Comma lists on parameters marked † make a sweep: one run per cell.",
+    first="model quant batch_size prompt_tokens output_tokens",
+    examples=(
+        "run --model opt-125m --weights random --quant bf16,int4 --batch-size 1,4",
+        "run --model gemma-3-270m --quant none,int8-wo --workload qa --prompt-tokens auto --quality auto",
+    ),
     entry_point="main",
 )
 def run(config: str | None, json: bool, tracking_uri: str | None, experiment: str | None, **given: str | None) -> int:
     """Measure and print the table of cells."""
-    return _run(_parameters(given, config), json, tracking_uri, experiment)
-
-
-@command(
-    "plan",
-    "show what `run` would measure with the same parameters (cells, memory, minimum time); starts nothing",
-    *RUN_OPTIONS,
-    CONFIG,
-    JSON,
-)
-def plan(config: str | None, json: bool, **given: str | None) -> int:
-    """Print the planned cells."""
-    parameters = _parameters(given, config)
-
-    from ..workflows import preview
-
-    found = preview.preview(**parameters)
-    print(preview.format_preview(found))
-    if json:
-        print_json(preview.preview_json(found))
-    return 0
+    return _run(checked_parameters(given, config), json, tracking_uri, experiment)
 
 
 @command(
@@ -71,37 +56,45 @@ def plan(config: str | None, json: bool, **given: str | None) -> int:
     JSON,
     TRACKING_URI,
     EXPERIMENT,
-    description="The API key comes from the environment: LLMBENCH_API_KEY or OPENAI_API_KEY. "
-    "Comma lists on parameters marked † make a sweep.",
+    description="The API key comes from the environment: LLMBENCH_API_KEY or OPENAI_API_KEY.",
+    first="url launch model concurrency request_rate",
+    examples=(
+        "online --url http://127.0.0.1:8000 --model NAME --concurrency 1,4,16",
+        "online --launch 'vllm serve {model} --port {port}' --model facebook/opt-125m --request-rate 1,2,4",
+    ),
     entry_point="online",
 )
 def online(
     config: str | None, json: bool, tracking_uri: str | None, experiment: str | None, **given: str | None
 ) -> int:
     """Measure a server and print the table of cells."""
-    return _run(_parameters(given, config, backend=SERVER_BACKEND), json, tracking_uri, experiment)
+    return _run(checked_parameters(given, config, backend=SERVER_BACKEND), json, tracking_uri, experiment)
 
 
 @command(
     "ab",
-    "measure two configurations in alternating fresh processes, and report how they differ",
-    Option("a", "the parameters of this side", "A"),
-    Option("b", "the parameters of this side", "B"),
+    "measure two configurations in turns and compare them",
+    Option("a", "parameters of this side: name=value, or several in quotes", "A"),
+    Option("b", "the same for the other side; two equal sides show the noise of the machine", "B"),
     Option("--pairs", "fresh processes per side (default: 6)", "N", default=6, type=int),
-    *(option for option in RUN_OPTIONS if option.argument != "processes"),
+    *(option for option in SINGLE_OPTIONS if option.argument != "processes"),
     NOISE,
     JSON,
     TRACKING_URI,
     EXPERIMENT,
-    description="Each side is name=value, or several in quotes: "
-    "llmbench ab quant=bf16 'quant=int4 threads=1' --model opt-125m. Two equal sides show the machine's noise.",
+    description="Each process is a fresh one. This is the most sensitive comparison.",
+    first="pairs model weights batch_size output_tokens",
+    examples=(
+        "ab quant=bf16 quant=int4 --model opt-125m --weights random",
+        "ab 'quant=int4 threads=1' 'quant=int4 threads=2' --model opt-125m --pairs 10",
+    ),
 )
 def ab(
     a: str, b: str, pairs: int, noise: float, json: bool, tracking_uri: str | None, experiment: str | None,
     **given: str | None,
 ) -> int:  # fmt: skip
     """Measure both sides and print their comparison."""
-    common = _parameters(given)
+    common = checked_parameters(given)
 
     from ..reports import comparison
     from ..reports.sweep_result import format_locations, sweep_json
@@ -126,53 +119,8 @@ def ab(
 
 
 @command(
-    "calibrate",
-    "measure by how much processes differ on this machine; comparisons of single processes then use it",
-    Option(
-        "--of",
-        "use existing results of 3 or more processes instead: runs, runs:/ID or results folders",
-        "LIST",
-        many=True,
-    ),
-    *RUN_OPTIONS,
-    JSON,
-    TRACKING_URI,
-    EXPERIMENT,
-    description="Measures one configuration in fresh processes (10 processes of 20 repetitions unless given) and keeps "
-    "their noise, by hardware, backend and device. Choose a model of about the size that you compare.",
-)
-def calibrate(
-    of: Sequence[str], json: bool, tracking_uri: str | None, experiment: str | None, **given: str | None
-) -> int:
-    """Measure, keep and print the noise between processes."""
-    parameters = _parameters(given)
-
-    from ..records.codec import to_json
-    from ..reports.calibration import format_calibration
-    from ..reports.sweep_result import format_locations
-    from ..sweeps.progress import Progress
-    from ..workflows import calibrate
-
-    print_version_warnings()
-    done = calibrate.calibrate(
-        parameters,
-        of=_references(of),
-        tracking_uri=tracking_uri,
-        experiment=experiment,
-        watcher=Progress(sys.stderr),
-    )
-    print(format_calibration(done.calibration))
-    print(f"Kept: {done.file}")
-    if done.sweep:
-        print(f"\n{format_locations(done.sweep)}")
-    if json:
-        print_json({**to_json(done.calibration), "file": str(done.file)})
-    return 0
-
-
-@command(
     "study",
-    "measure a grid of models, and report laws, trade-offs, claims and recommendations with all figures",
+    "measure a grid of models: laws, trade-offs, recommendations",
     Option("--of", "existing results to include: sweeps, run ids, runs:/ID or results folders", "LIST", many=True),
     SHARE,
     Option(
@@ -188,9 +136,12 @@ def calibrate(
         optional=True,
     ),
     Option(
-        "--output", "write study/ and scaling/ into this folder (default: the folder of the measured sweep)", "FOLDER"
+        "--output",
+        "write study/ and scaling/ into this folder (default: the folder of the measured sweep)",
+        "FOLDER",
+        panel="results",
     ),
-    Option("--log", "log them as artifacts of this run (default: the sweep's run)", "RUN"),
+    Option("--log", "log them as artifacts of this run (default: the sweep's run)", "RUN", panel="results"),
     *RUN_OPTIONS,
     CONFIG,
     JSON,
@@ -198,6 +149,11 @@ def calibrate(
     EXPERIMENT,
     description="Measures a sweep (preset quick unless another is given) and studies it together with existing "
     "results (--of). With --of and no sweep parameters, it studies only the existing results.",
+    first="model weights preset of price",
+    examples=(
+        "study --model opt-125m,pythia-70m --weights random",
+        "study --of SWEEP_A,SWEEP_B --price EPYC=0.5,A100=2.4",
+    ),
     entry_point="study",
 )
 def study(
@@ -205,7 +161,7 @@ def study(
     config: str | None, json: bool, tracking_uri: str | None, experiment: str | None, **given: str | None,
 ) -> int:  # fmt: skip
     """Study the results and print the findings."""
-    parameters = _parameters(given, config)
+    parameters = checked_parameters(given, config)
     measures = any(name == "preset" or name in Cell.__dataclass_fields__ for name in parameters)
 
     from ..reports.study import study_json
@@ -238,19 +194,72 @@ def study(
 
 
 @command(
+    "calibrate",
+    "measure the noise between processes on this machine",
+    Option(
+        "--of",
+        "use existing results of 3 or more processes instead: runs, runs:/ID or results folders",
+        "LIST",
+        many=True,
+    ),
+    *SINGLE_OPTIONS,
+    JSON,
+    TRACKING_URI,
+    EXPERIMENT,
+    description="Measures one configuration in fresh processes (10 processes of 20 repetitions unless given) and keeps "
+    "their noise, by hardware, backend and device. Comparisons of single processes then use it. Choose a model of about"
+    " the size that you compare.",
+    first="model weights quant processes of",
+    examples=("calibrate --model opt-125m --weights random", "calibrate --of RUN_A,RUN_B,RUN_C"),
+)
+def calibrate(
+    of: Sequence[str], json: bool, tracking_uri: str | None, experiment: str | None, **given: str | None
+) -> int:
+    """Measure, keep and print the noise between processes."""
+    parameters = checked_parameters(given)
+
+    from ..records.codec import to_json
+    from ..reports.calibration import format_calibration
+    from ..reports.sweep_result import format_locations
+    from ..sweeps.progress import Progress
+    from ..workflows import calibrate
+
+    print_version_warnings()
+    done = calibrate.calibrate(
+        parameters,
+        of=_references(of),
+        tracking_uri=tracking_uri,
+        experiment=experiment,
+        watcher=Progress(sys.stderr),
+    )
+    print(format_calibration(done.calibration))
+    print(f"Kept: {done.file}")
+    if done.sweep:
+        print(f"\n{format_locations(done.sweep)}")
+    if json:
+        print_json({**to_json(done.calibration), "file": str(done.file)})
+    return 0
+
+
+@command(
     "qat",
-    "train a model for int4-wo, and report how much of the lost quality it recovers",
+    "train a model for int4-wo: how much quality that recovers",
     *training_options(),
     JSON,
     TRACKING_URI,
     EXPERIMENT,
-    description="Quantization-aware training on your own text. The checkpoint can be measured like any other "
-    "model: llmbench run --model FOLDER --quant int4-wo.",
+    description="Quantization-aware training on your own text. Reports how much of the lost quality it recovers. The "
+    "checkpoint can be measured like any other model.",
+    first="model data steps learning_rate output",
+    examples=(
+        "qat --model gemma-3-270m --data my-text.txt --steps 200 --output gemma-qat",
+        "run --model gemma-qat --quant int4-wo",
+    ),
     entry_point="qat",
 )
 def qat(json: bool, tracking_uri: str | None, experiment: str | None, **given: str | None) -> int:
     """Train and print the quality before and after."""
-    named = _given(given)
+    named = {name: value for name, value in given.items() if value is not None}
     parse_training(named)  # before anything slow is imported
 
     from ..records.codec import to_json
@@ -270,18 +279,7 @@ def qat(json: bool, tracking_uri: str | None, experiment: str | None, **given: s
     return done.exit_code
 
 
-COMMANDS = (run, plan, online, ab, calibrate, study, qat)
-
-
-def _given(given: Mapping[str, str | None]) -> dict[str, object]:
-    return {name: value for name, value in given.items() if value is not None}
-
-
-def _parameters(given: Mapping[str, str | None], config: str | None = None, **defaults: str) -> dict[str, object]:
-    """Return the parameters of the file and the options, checked before anything slow is imported."""
-    parameters = defaults | (read_yaml(config) if config else {}) | _given(given)
-    parse(parameters)
-    return parameters
+COMMANDS = (run, online, ab, study, calibrate, qat)
 
 
 def _references(texts: Sequence[str]) -> list[str]:

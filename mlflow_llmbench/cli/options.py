@@ -1,25 +1,62 @@
-"""Declarations of commands and their options, and the parser that is built from them.
+"""Declarations of commands and their options.
 
-A command is declared once, where its function is: name, help, options, function. The options that are measurement
-parameters are generated from the declared parameters (`records.cell`, `config.training`).
+A command is declared once, where its function is: name, help, options, examples, function. The options that are
+measurement parameters are generated from the declared parameters (`records.cell`, `config.training`). `parser` makes
+click commands of the declarations, `help` shows them, and `completion` completes their values.
 """
 
 from __future__ import annotations
 
-import argparse
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, dataclass
 from typing import Any
 
+from ..config.choices import CHOICES, WORKLOADS
 from ..config.spec import COMMANDS as PARAMETERS_OF
-from ..config.training import NAMES, TRAINING
+from ..config.spec import parse, read_yaml
+from ..config.training import LOSSES, NAMES, TRAINING
 from ..config.training import default_text as training_default
+from ..records.backends import RUNTIMES
 from ..records.cell import PARAMETERS, default_text
-from ..records.errors import UsageError
 from ..records.invocation import EntryPoint
 
 NOT_GIVEN = ("", "none")
 """Texts that stand for an option that is not given: a parameter of the MLproject needs a default, which is `none`."""
+
+WORDS: dict[str, tuple[str, ...]] = {
+    **CHOICES,
+    "workload": WORKLOADS,
+    "backend": tuple(RUNTIMES),
+    "quality": ("none", "auto"),
+    "device": ("auto", "cpu", "cuda"),
+    "place": ("here", "ray"),
+    "loss": LOSSES,
+    "flag": ("true", "false"),
+}
+"""Kind of a parameter → words that it takes; some take others too."""
+
+METAVARS = {
+    "text": "NAME",
+    "count": "N",
+    "number": "NUMBER",
+    "size": "SIZE",
+    "quant": "SCHEME",
+    "budget": "BITS|SIZE",
+    "plan_file": "FILE",
+    "text_file": "FILE",
+    "trace": "FILE",
+    "data": "FILE,…",
+    "interpreter": "PYTHON",
+    "url": "URL",
+    "launch": "COMMAND",
+    "device": "[auto|cpu|cuda|cuda:N]",
+    "place": "[here|ray|ray://HOST:PORT]",
+}
+"""Kind of a parameter → what stands for its value in the help, unless it is a short choice of words."""
+
+LONGEST_CHOICE = 40
+"""Most characters of the words of a choice beside the name of the option. More are listed in the help."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +66,13 @@ class Option:
     `flag`: takes no value. `switch`: takes true or false, and no value means true. `many`: one or more positional
     values, or an option that can be repeated. `optional`: `none` means that it is not given. `key`: name of the
     argument of the command's function. `entry_name`: name of a positional value as parameter of the MLproject.
+    `words`: known values. `listed`: takes several, separated by commas. `panel`: key of `PANELS`, "" for an option of
+    its own command.
     """
 
     name: str
     help: str
-    metavar: str | None = None
+    metavar: str = ""
     default: object = None
     type: Callable[[str], object] = str
     required: bool = False
@@ -43,37 +82,25 @@ class Option:
     optional: bool = False
     key: str = ""
     entry_name: str = ""
+    words: tuple[str, ...] = ()
+    listed: bool = False
+    panel: str = ""
 
     @property
     def argument(self) -> str:
         """Name of the argument of the command's function, and of the parsed value."""
         return self.key or self.name.lstrip("-").replace("-", "_")
 
-    def add_to(self, parser: argparse.ArgumentParser) -> None:
-        """Add this option to a parser."""
-        help = self.help.replace("%", "%%")
-        if self.flag:
-            parser.add_argument(self.name, dest=self.argument, action="store_true", help=help)
-            return
-        settings: dict[str, Any] = {"metavar": self.metavar, "type": self.type, "help": help}
-        if not self.name.startswith("-"):
-            settings |= {"nargs": "+"} if self.many else {}
-            parser.add_argument(self.argument, **settings)
-            return
-        if self.many:
-            settings |= {"action": "append", "default": []}
-        elif self.switch:
-            settings |= {"nargs": "?", "const": "true"}
-        else:
-            settings |= {"default": self.default, "required": self.required}
-        parser.add_argument(self.name, dest=self.argument, **settings)
+    @property
+    def positional(self) -> bool:
+        """True for a value without a name."""
+        return not self.name.startswith("-")
 
-    def value(self, given: argparse.Namespace) -> object:
-        """Return the parsed value, None if it is not given."""
-        value: object = getattr(given, self.argument)
+    def value(self, given: object) -> object:
+        """Return the value of the function's argument: the parsed one, None if it is not given."""
         if not self.optional:
-            return value
-        text = str(value or "").strip()
+            return given
+        text = str(given or "").strip()
         return None if text in NOT_GIVEN else text
 
 
@@ -81,39 +108,40 @@ class Option:
 class Command:
     """A command: its name, one line of help, options, and function, which returns the exit code.
 
-    `failure_code` is the exit code of a failure, for a command whose exit code 1 is an answer. `entry_point` is the
-    name of the MLproject's entry point that runs it, "" if there is none.
+    `first`: names of the options that people use first; the short help shows only them. `examples`: two command lines,
+    without the name of the program. `failure_code` is the exit code of a failure, for a command whose exit code 1 is an
+    answer. `entry_point` is the name of the MLproject's entry point that runs it, "" if there is none.
     """
 
     name: str
     help: str
     options: tuple[Option, ...]
     function: Callable[..., int]
-    description: str | None = None
+    description: str = ""
+    first: tuple[str, ...] = ()
+    examples: tuple[str, ...] = ()
     failure_code: int = 1
     entry_point: str = ""
 
-    def add_to(self, commands: Any) -> None:
-        """Add the parser of this command to `commands`, the subparsers of the command line."""
-        parser = commands.add_parser(self.name, help=self.help, description=self.description)
-        for option in self.options:
-            option.add_to(parser)
-
-    def run(self, given: argparse.Namespace) -> int:
+    def run(self, given: Mapping[str, object]) -> int:
         """Call the function with the parsed values. Returns the exit code."""
-        return self.function(**{option.argument: option.value(given) for option in self.options})
+        return self.function(**{option.argument: option.value(given[option.argument]) for option in self.options})
 
 
 def command(
     name: str,
     help: str,
     *options: Option,
-    description: str | None = None,
+    description: str = "",
+    first: str = "",
+    examples: tuple[str, ...] = (),
     failure_code: int = 1,
     entry_point: str = "",
 ) -> Callable[[Callable[..., int]], Command]:
-    """Declare a command by its function. See `Command`."""
-    return lambda function: Command(name, help, options, function, description, failure_code, entry_point)
+    """Declare a command by its function. See `Command`; `first` is one text of names."""
+    return lambda function: Command(
+        name, help, options, function, description, tuple(first.split()), examples, failure_code, entry_point
+    )
 
 
 def entry_points(commands: Iterable[Command]) -> Mapping[str, EntryPoint]:
@@ -127,39 +155,64 @@ def entry_points(commands: Iterable[Command]) -> Mapping[str, EntryPoint]:
     }
 
 
-class Parser(argparse.ArgumentParser):
-    """ArgumentParser with errors in our form: one line, what is wrong and what to do, exit code 2."""
-
-    def error(self, message: str) -> Any:
-        """Raise UsageError instead of printing the usage and exiting."""
-        raise UsageError(f"{message[:1].upper()}{message[1:]}. See `{self.prog} --help`.")
-
-
-def parameter_options(names: Iterable[str]) -> tuple[Option, ...]:
-    """Return one option per declared measurement parameter."""
-    return tuple(
-        _parameter_option(
-            name, PARAMETERS[name], default_text(name), " †" if PARAMETERS[name].metadata["sweep"] else ""
-        )
-        for name in names
-    )
+def parameter_options(names: Iterable[str], lists: bool = True) -> tuple[Option, ...]:
+    """Return one option per declared measurement parameter; without `lists`, the command measures one configuration."""
+    return tuple(_parameter_option(name, PARAMETERS[name], default_text(name), lists) for name in names)
 
 
 def training_options() -> tuple[Option, ...]:
-    """Return one option per parameter of a training."""
+    """Return one option per parameter of a training, which takes no lists."""
     return tuple(
-        _parameter_option(name, TRAINING.get(name) or PARAMETERS[name], training_default(name), "") for name in NAMES
+        _parameter_option(name, TRAINING.get(name) or PARAMETERS[name], training_default(name), lists=False)
+        for name in NAMES
     )
 
 
-def _parameter_option(name: str, declared: Field[Any], default: str, mark: str) -> Option:
+def _parameter_option(name: str, declared: Field[Any], default: str, lists: bool) -> Option:
+    about = declared.metadata
+    words = WORDS.get(about["kind"], ())
+    lists = lists and about["sweep"]
+    metavar = _metavar(about, words, default)
+    told = as_options(about["help"])
+    if words and not metavar.startswith("[") and not all(word in told for word in words) and about["kind"] != "flag":
+        told += f": {', '.join(words)}"
+    tells_default = not (default == about["unset"] == "none" or (about["kind"] == "flag" and default == "false"))
+    more = f"{about['separator']}…" if lists else ""
     return Option(
-        f"--{name.replace('_', '-')}",
-        f"{declared.metadata['help']}{mark} (default: {default})",
-        "VALUE",
-        switch=declared.metadata["kind"] == "flag",
+        _option_name(name),
+        f"{told} (default: {default})" if tells_default else told,
+        f"{metavar}{more}",
+        switch=about["kind"] == "flag",
         key=name,
+        words=(*filter(None, [about["unset"]]), *words),
+        listed=lists and about["separator"] == ",",
+        panel=about["panel"],
     )
+
+
+def _metavar(about: Mapping[str, Any], words: tuple[str, ...], default: str) -> str:
+    """Return what stands for the value: a unit, a short choice of words, or the kind. A flag has none."""
+    if about["kind"] == "flag":
+        return "" if default == "false" and not about["sweep"] else "[true|false]"
+    if about["metavar"] or about["kind"] in METAVARS:
+        metavar = str(about["metavar"] or METAVARS[about["kind"]])
+        return f"{metavar}|auto" if about["unset"] == "auto" else metavar
+    choice = "|".join([*filter(None, [about["unset"]]), *words])
+    return f"[{choice}]" if len(choice) <= LONGEST_CHOICE else "NAME"
+
+
+def _option_name(parameter: str) -> str:
+    return f"--{parameter.replace('_', '-')}"
+
+
+_SETTING = re.compile(rf"\b({'|'.join(PARAMETERS)})=")
+_NAMED = re.compile(rf"\b({'|'.join(name for name in PARAMETERS if '_' in name)})\b(?!\.\w)")
+
+
+def as_options(text: str) -> str:
+    """Return a help text with its parameters written as options: `--quant int4` for quant=int4."""
+    told = _SETTING.sub(lambda found: f"{_option_name(found[1])} ", text)
+    return _NAMED.sub(lambda found: _option_name(found[1]), told)
 
 
 def comma_list(text: str | None) -> frozenset[str]:
@@ -167,12 +220,36 @@ def comma_list(text: str | None) -> frozenset[str]:
     return frozenset(filter(None, (text or "").split(",")))
 
 
+def checked_parameters(
+    given: Mapping[str, str | None], config: str | None = None, **defaults: str
+) -> dict[str, object]:
+    """Return the parameters of the file and the options, checked before anything slow is imported."""
+    named = {name: value for name, value in given.items() if value is not None}
+    parameters = defaults | (read_yaml(config) if config else {}) | named
+    parse(parameters)
+    return parameters
+
+
+def permissions(trust_remote_code: bool, allow_pickle: bool) -> frozenset[str]:
+    """Return the names of what is permitted."""
+    given = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+    return frozenset(name for name, allowed in given.items() if allowed)
+
+
+SINGLE_OPTIONS = parameter_options(PARAMETERS_OF["run"], lists=False)
 RUN_OPTIONS, ONLINE_OPTIONS = (parameter_options(PARAMETERS_OF[name]) for name in ("run", "online"))
 CONFIG = Option(
-    "--config", "YAML file of parameters, such as a run's config.yaml; command-line options override it", "FILE"
+    "--config",
+    "YAML file of parameters, such as a run's config.yaml; options override it",
+    "FILE",
+    panel="measurement",
 )
 NOISE = Option(
-    "--noise", "relative differences below this count as noise (default: 0.01)", "RATIO", default=0.01, type=float
+    "--noise",
+    "relative differences below this count as noise (default: 0.01)",
+    "RATIO",
+    default=0.01,
+    type=float,
 )
 SHARE = Option(
     "--share",
@@ -181,10 +258,15 @@ SHARE = Option(
     default=0.5,
     type=float,
 )
-JSON = Option("--json", "print one JSON object as the last line of stdout", flag=True)
+JSON = Option("--json", "print one JSON object as the last line of stdout", flag=True, panel="results")
 ONLY_JSON = Option("--json", "print one JSON object instead of text", flag=True)
-TRACKING_URI = Option("--tracking-uri", "MLflow store (default: MLFLOW_TRACKING_URI, or a SQLite file here)", "URI")
-EXPERIMENT = Option("--experiment", "MLflow experiment (default: llmbench)", "NAME")
+TRACKING_URI = Option(
+    "--tracking-uri",
+    "MLflow store (default: MLFLOW_TRACKING_URI, or a SQLite file here)",
+    "URI",
+    panel="results",
+)
+EXPERIMENT = Option("--experiment", "MLflow experiment (default: llmbench)", "NAME", panel="results")
 ACCEPT_SUSPECT = Option(
     "--accept-suspect",
     "accept suspect results for this reason, which is recorded; none = do not accept them",
@@ -192,12 +274,18 @@ ACCEPT_SUSPECT = Option(
     optional=True,
 )
 PERMISSIONS = (
-    Option("--trust-remote-code", "run code that comes with the model, if the run did", flag=True),
-    Option("--allow-pickle", "read weights stored as a pickle, if the run did", flag=True),
+    Option("--trust-remote-code", "run code that comes with the model, if the run did", flag=True, panel="limits"),
+    Option("--allow-pickle", "read weights stored as a pickle, if the run did", flag=True, panel="limits"),
 )
+
+
+def allow(*kinds: str) -> Option:
+    """Return the option for kinds of differences that are accepted."""
+    told = "compare results despite these differences"
+    return Option("--allow", f"{told}: {', '.join(kinds)}", "LIST", optional=True, words=kinds, listed=True)
 
 
 def output_dir(help: str) -> Option:
     """Return the option for the folder of measured results."""
     default = default_text("output_dir")
-    return Option("--output-dir", f"{help} (default: {default})", "FOLDER", default=default)
+    return Option("--output-dir", f"{help} (default: {default})", "FOLDER", default=default, panel="results")

@@ -1,9 +1,31 @@
-"""Print on the terminal: one line of JSON, and warnings of versions."""
+"""Print on the terminal: help pages, one line of JSON, and warnings of versions."""
 
 from __future__ import annotations
 
 import json
 import sys
+from typing import TYPE_CHECKING, TextIO
+
+from ..records.redaction import Terminal
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+
+def console(stream: TextIO) -> Console:
+    """Return rich's console for text of ours: it has colours on a terminal only, and none with NO_COLOR.
+
+    It writes past `Terminal`, which escapes colours: pass no text that comes from elsewhere.
+    """
+    from rich.console import Console
+
+    under = stream.stream if isinstance(stream, Terminal) else stream
+    return Console(file=under, highlight=False, markup=False, emoji=False)
+
+
+def show(page: RenderableType, stream: TextIO | None = None) -> None:
+    """Print a page of ours, on stdout unless another stream is given."""
+    console(stream or sys.stdout).print(page, end="", soft_wrap=True)
 
 
 def print_json(data: object, ensure_ascii: bool = False) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..records.cell import DRAWN, SPECULATIVE
+from ..records.quantizations import KV_CACHES, QUANTIZATIONS
 
 WORKLOADS = (*DRAWN, "qa", "summarization", "creative", "code", "chat", "domain")
 HISTORIES = ("none", "recomputed", "kept", "sent")
@@ -37,3 +38,19 @@ SLOS: dict[str, dict[str, str]] = {
     "llama3.1-8b-interactive": {"slo_ttft_ms": "500", "slo_tpot_ms": "30"},
 }
 """MLPerf Inference benchmark → its server scenario limits (mlperf.conf), which hold there for 99 % of requests."""
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "weights": ("hub", "random"),
+    "quant": tuple(QUANTIZATIONS),
+    "preset": tuple(GRIDS),
+    "slo": tuple(SLOS),
+    "find": ("goodput",),
+    "history": HISTORIES,
+    "decode": DECODES,
+    "kv_cache": KV_CACHES,
+    "attention": ATTENTIONS,
+    "endpoint": ENDPOINTS,
+    "arrival": ARRIVALS,
+    "batching": BATCHINGS,
+}
+"""Kind of a parameter that takes one of some words → these words."""

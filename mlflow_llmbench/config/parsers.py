@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import re
@@ -15,24 +14,11 @@ from ..records import reading
 from ..records.backends import BACKENDS, known_backends
 from ..records.cell import split_list
 from ..records.errors import UsageError
-from ..records.quantizations import KV_CACHES, QUANTIZATIONS
 from ..records.reading import Unreadable
 from ..records.redaction import CONTROLS, excerpt
+from ..records.text import known_words
 from . import server_command
-from .choices import (
-    ARRIVALS,
-    ATTENTIONS,
-    BATCHINGS,
-    BUNDLED_TEXT,
-    DECODES,
-    ENDPOINTS,
-    GRIDS,
-    HISTORIES,
-    MIN_TEXT_TOKENS,
-    QUALITIES,
-    SLOS,
-    WORKLOADS,
-)
+from .choices import BUNDLED_TEXT, CHOICES, MIN_TEXT_TOKENS, QUALITIES, WORKLOADS
 
 
 def _parse_number(name: str, text: str, bounds: Mapping[str, Any], kind: type[int] | type[float]) -> int | float:
@@ -118,7 +104,7 @@ def _parse_choice(name: str, text: str, choices: Iterable[str]) -> str:
         return text
     if text.lower() in known:
         return text.lower()
-    raise UsageError(f"Unknown {name}: {text}. {_nearest(text, known)}")
+    raise UsageError(f"Unknown {name}: {text}. {known_words(text, known)}")
 
 
 def _parse_flag(name: str, text: str) -> bool:
@@ -156,7 +142,7 @@ def _parse_workload(name: str, text: str) -> str:
                 f"Give a JSON Lines file whose lines have a `prompt`, or one of {', '.join(WORKLOADS)}."
             )
         return text
-    raise UsageError(f"Unknown {name}: {text}. {_nearest(text, WORKLOADS)} A file ends in .jsonl.")
+    raise UsageError(f"Unknown {name}: {text}. {known_words(text, WORKLOADS)} A file ends in .jsonl.")
 
 
 def _parse_trace(name: str, text: str) -> str:
@@ -251,47 +237,33 @@ def _parse_scheme(name: str, text: str) -> str:
     return text
 
 
+def _choice_of(words: Iterable[str]) -> Callable[[str, str, Mapping[str, Any]], object]:
+    return lambda name, text, _: _parse_choice(name, text, words)
+
+
 PARSERS: dict[str, Callable[[str, str, Mapping[str, Any]], object]] = {
+    **{kind: _choice_of(words) for kind, words in CHOICES.items()},
     "text": lambda name, text, _: _parse_text(name, text),
     "count": lambda name, text, bounds: _parse_number(name, text, bounds, int),
     "number": lambda name, text, bounds: _parse_number(name, text, bounds, float),
     "size": _parse_size,
     "flag": lambda name, text, _: _parse_flag(name, text),
-    "preset": lambda name, text, _: _parse_choice(name, text, GRIDS),
     "device": lambda name, text, _: _parse_device(name, text),
     "place": lambda name, text, _: _parse_place(name, text),
     "workload": lambda name, text, _: _parse_workload(name, text),
     "quality": lambda name, text, _: QUALITIES[_parse_choice(name, text, QUALITIES)],
     "text_file": lambda name, text, _: _parse_text_file(name, text),
     "tasks": lambda name, text, _: _parse_tasks(name, text),
-    "weights": lambda name, text, _: _parse_choice(name, text, ("hub", "random")),
-    "quant": lambda name, text, _: _parse_choice(name, text, QUANTIZATIONS),
     "scheme": lambda name, text, _: _parse_scheme(name, text),
-    "slo": lambda name, text, _: _parse_choice(name, text, SLOS),
-    "find": lambda name, text, _: _parse_choice(name, text, ("goodput",)),
     "launch": lambda name, text, _: server_command.check_command(_parse_text(name, text)),
     "budget": lambda name, text, _: text if read_budget(text) else None,
     "interpreter": lambda name, text, _: _parse_interpreter(name, text),
     "plan_file": lambda name, text, _: _parse_plan_file(name, text),
     "backend": lambda name, text, _: _parse_choice(name, text, BACKENDS if text in BACKENDS else known_backends()),
-    "history": lambda name, text, _: _parse_choice(name, text, HISTORIES),
-    "decode": lambda name, text, _: _parse_choice(name, text, DECODES),
-    "kv_cache": lambda name, text, _: _parse_choice(name, text, KV_CACHES),
-    "attention": lambda name, text, _: _parse_choice(name, text, ATTENTIONS),
     "url": lambda name, text, _: _parse_url(name, text),
-    "endpoint": lambda name, text, _: _parse_choice(name, text, ENDPOINTS),
     "trace": lambda name, text, _: _parse_trace(name, text),
-    "arrival": lambda name, text, _: _parse_choice(name, text, ARRIVALS),
-    "batching": lambda name, text, _: _parse_choice(name, text, BATCHINGS),
 }
 """Kind of a parameter → its parser."""
 
 OF_A_MACHINE = frozenset(["interpreter", "launch", "plan_file", "tasks", "text_file", "trace", "workload"])
 """Kinds whose parsers look at files or programs of this machine."""
-
-
-def _nearest(text: str, known: Iterable[str]) -> str:
-    names = list(known)
-    near = difflib.get_close_matches(text.lower(), names, n=1, cutoff=0.5)
-    meant = f"Did you mean {near[0]}? " if near else ""
-    return f"{meant}Known: {', '.join(names)}."

@@ -18,8 +18,9 @@ from ..records.cell import LENGTHS, PARAMETERS, SWEEPABLE, Cell, Options, defaul
 from ..records.errors import UsageError
 from ..records.reading import Unreadable
 from ..records.redaction import excerpt
+from ..records.text import known_words
 from .choices import GRIDS, SLOS
-from .parsers import OF_A_MACHINE, PARSERS, _nearest, _parse_choice
+from .parsers import OF_A_MACHINE, PARSERS, _parse_choice
 from .validation import check_cluster, check_find, check_offline_baseline, check_together
 
 IN_PROCESS_ONLY = (
@@ -107,7 +108,7 @@ def parse(values: Mapping[str, object], recorded: bool = False) -> BenchSpec:
     """
     for name in values:
         if name not in PARAMETERS:
-            raise UsageError(f"Unknown parameter: {name}. {_nearest(name, PARAMETERS)}")
+            raise UsageError(f"Unknown parameter: {name}. {known_words(name, PARAMETERS)}")
     values = {**values, **_from_preset(values)}
     values |= _from_slo(values)
     axes: dict[str, tuple[object, ...]] = {}

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import Field, dataclass, fields
 from typing import Any
 
-from .backends import DEFAULT_BACKEND, RUNTIMES, backend_of
+from .backends import DEFAULT_BACKEND, backend_of
 from .parameter import Parameter
 from .quantizations import listed, schemes_with
 
@@ -23,291 +23,149 @@ SPECULATIVE = ("prompt_lookup", "assisted")
 class Cell:
     """One point of a sweep: every parameter that decides a result. MLproject, CLI and docs derive from it."""
 
-    model: str = Parameter("opt-125m", "preset name, Hub id, local folder, or .gguf file", "text", sweep=True).field()
+    # fmt: off
+    model: str = Parameter(
+        "opt-125m", "preset name, Hub id, local folder, or .gguf file", "text", "model", metavar="MODEL",
+        sweep=True).field()
     weights: str = Parameter(
-        "hub", "hub (or local files), or random (architecture of the preset, seeded)", "weights"
-    ).field()
-    revision: str = Parameter("main", "Hub revision; the resolved commit is logged", "text").field()
+        "hub", "weights from the Hub or a local folder, or random ones in the architecture of a preset (seeded)",
+        "weights", "model").field()
+    revision: str = Parameter(
+        "main", "Hub revision; the resolved commit is logged", "text", "model", metavar="REVISION").field()
     backend: str = Parameter(
-        DEFAULT_BACKEND, f"runtime: {', '.join(RUNTIMES)}, or one that an installed package adds", "backend"
-    ).field()
-    quant: str = Parameter(
-        "none",
-        listed(),
-        "quant",
-        sweep=True,
-    ).field()
+        DEFAULT_BACKEND, "runtime that runs the model; installed packages can add others", "backend", "model").field()
+    quant: str = Parameter("none", listed(), "quant", "quantization", sweep=True).field()
     group_size: int = Parameter(
-        128, f"quant={','.join(schemes_with('group_size'))}: weights that share a scale", "count", low=16, high=1024
-    ).field()
+        128, f"quant={','.join(schemes_with('group_size'))}: weights that share a scale", "count", "quantization",
+        metavar="WEIGHTS", low=16, high=1024).field()
     int8_threshold: float = Parameter(
-        6,
-        f"quant={','.join(schemes_with('int8_threshold'))}: compute activations beyond this magnitude in 16 bits; "
-        "0 = none",
-        "number",
-        sweep=True,
-        low=0,
-        high=1e6,
-        scenarios="offline batching",
-    ).field()
+        6, f"quant={','.join(schemes_with('int8_threshold'))}: compute activations beyond this magnitude in 16 bits; "
+        "0 = none", "number", "quantization", sweep=True, low=0, high=1e6, scenarios="offline batching").field()
     double_quant: bool = Parameter(
-        False,
-        f"quant={','.join(schemes_with('double_quant'))}: quantize the block scales too",
-        "flag",
-        sweep=True,
-        scenarios="offline batching",
-    ).field()
+        False, f"quant={','.join(schemes_with('double_quant'))}: quantize the block scales too", "flag", "quantization",
+        sweep=True, scenarios="offline batching").field()
     quant_budget: str | None = Parameter(
-        None,
-        "quant=mixed: most memory for weights, 5.5 (bits per weight) or 300MB (the whole model)",
-        "budget",
-        unset="none",
-    ).field()
+        None, "quant=mixed: most memory for weights, 5.5 (bits per weight) or 300MB (the whole model)", "budget",
+        "quantization", unset="none").field()
     quant_plan: str | None = Parameter(
-        None, "quant=mixed: quant_plan.json of an earlier run, in place of a budget", "plan_file", unset="none"
-    ).field()
-    batch_size: int = Parameter(1, "rows in one forward pass", "count", sweep=True, high=4096).field()
+        None, "quant=mixed: quant_plan.json of an earlier run, in place of a budget", "plan_file", "quantization",
+        unset="none").field()
+    batch_size: int = Parameter(
+        1, "rows in one forward pass", "count", "workload", metavar="ROWS", sweep=True, high=4096).field()
     prompt_tokens: int | None = Parameter(
-        128,
-        "exact prompt length in tokens; auto = the workload's own lengths",
-        "count",
-        sweep=True,
-        unset="auto",
-        high=1_000_000,
-    ).field()
+        128, "exact prompt length in tokens; auto = the workload's own lengths", "count", "workload", metavar="TOKENS",
+        sweep=True, unset="auto", high=1_000_000).field()
     output_tokens: int = Parameter(
-        128, "exact number of generated tokens per row", "count", sweep=True, high=1_000_000
-    ).field()
+        128, "exact number of generated tokens per row", "count", "workload", metavar="TOKENS", sweep=True,
+        high=1_000_000).field()
     workload: str = Parameter(
-        "synthetic",
-        "synthetic (seeded ids), mixed (seeded ids of varying lengths), qa, summarization, creative, code, chat, "
-        "domain, or a JSONL file",
-        "workload",
-        sweep=True,
-    ).field()
+        "synthetic", "synthetic (seeded ids), mixed (seeded ids of varying lengths), qa, summarization, creative, "
+        "code, chat, domain, or a JSONL file", "workload", "workload", metavar="NAME|FILE", sweep=True).field()
     history: str = Parameter(
-        "none",
-        "conversations: none (each is one prompt), or turn by turn with the history recomputed, kept (in the KV "
-        "cache) or sent (to a server)",
-        "history",
-        sweep=True,
-    ).field()
+        "none", "conversations: none (each is one prompt), or turn by turn with the history recomputed, kept (in "
+        "the KV cache) or sent (to a server)", "history", "workload", sweep=True).field()
     warmup: int | None = Parameter(
-        None, "discarded runs: auto (at least 3, until steady) or a number", "count", unset="auto", high=10_000
-    ).field()
+        None, "discarded runs: auto (at least 3, until steady) or a number", "count", "measurement", unset="auto",
+        high=10_000).field()
     repetitions: int | None = Parameter(
-        None,
-        "timed runs: auto (30, or 5 where 30 take over a minute; more until the interval is narrow) or a number",
-        "count",
-        unset="auto",
-        high=1_000_000,
-    ).field()
+        None, "timed runs: auto (30, or 5 where 30 take over a minute; more until the interval is narrow) or a number",
+        "count", "measurement", unset="auto", high=1_000_000).field()
     max_repetitions: int = Parameter(
-        100, "most repetitions with repetitions=auto", "count", low=5, high=1_000_000
-    ).field()
+        100, "most repetitions with repetitions=auto", "count", "measurement", low=5, high=1_000_000).field()
     precision_target: float = Parameter(
-        0.02,
-        "repetitions=auto stops at this relative half-width of the 95 % interval of the throughput",
-        "number",
-        low=0.0001,
-        high=1,
-    ).field()
-    processes: int = Parameter(1, "fresh worker processes per cell", "count", high=1000).field()
-    device: str = Parameter("auto", "auto, cpu, cuda or cuda:N", "device").field()
+        0.02, "repetitions=auto stops at this relative half-width of the 95 % interval of the throughput", "number",
+        "measurement", metavar="RATIO", low=0.0001, high=1).field()
+    processes: int = Parameter(1, "fresh worker processes per cell", "count", "measurement", high=1000).field()
+    device: str = Parameter("auto", "where the model runs", "device", "model").field()
     threads: int | None = Parameter(
-        None,
-        "CPU threads of the worker; auto = physical cores it may use",
-        "count",
-        sweep=True,
-        unset="auto",
-        high=4096,
-    ).field()
+        None, "CPU threads of the worker; auto = physical cores it may use", "count", "model", sweep=True, unset="auto",
+        high=4096).field()
     worker_python: str | None = Parameter(
-        None,
-        "Python of another environment to run the worker with; none = the Python of this command",
-        "interpreter",
-        unset="none",
-        scenarios="offline batching",
-    ).field()
+        None, "Python of another environment to run the worker with; none = the Python of this command", "interpreter",
+        "model", unset="none", scenarios="offline batching").field()
     gpu_layers: int | None = Parameter(
-        None,
-        "backend=llama_cpp: layers on the GPU; auto = all with a CUDA device, else none",
-        "count",
-        sweep=True,
-        unset="auto",
-        low=0,
-        high=10_000,
-        scenarios="offline batching",
-        backend_specific=True,
-    ).field()
+        None, "backend=llama_cpp: layers on the GPU; auto = all with a CUDA device, else none", "count", "model",
+        metavar="LAYERS", sweep=True, unset="auto", low=0, high=10_000, scenarios="offline batching",
+        backend_specific=True).field()
     mmap: bool = Parameter(
-        True,
-        "backend=llama_cpp: map the file into memory instead of reading it whole",
-        "flag",
-        scenarios="offline batching",
-        backend_specific=True,
-    ).field()
-    attention: str = Parameter(
-        "auto", "auto, eager, sdpa, flash_attention_2, flash_attention_3 or flex_attention", "attention", sweep=True
-    ).field()
+        True, "backend=llama_cpp: map the file into memory instead of reading it whole", "flag", "model",
+        scenarios="offline batching", backend_specific=True).field()
+    attention: str = Parameter("auto", "implementation of attention", "attention", "model", sweep=True).field()
     kv_cache: str | None = Parameter(
-        None,
-        "KV cache type: auto (dtype of the computation), fp8, int8, int4, int2; llama.cpp: f32, f16, bf16, q8_0, "
-        "q5_1, q5_0, q4_1, q4_0",
-        "kv_cache",
-        sweep=True,
-        unset="auto",
-        scenarios="offline batching",
-    ).field()
+        None, "KV cache type: auto (dtype of the computation), fp8, int8, int4, int2; llama.cpp: f32, f16, bf16, "
+        "q8_0, q5_1, q5_0, q4_1, q4_0", "kv_cache", "model", sweep=True, unset="auto",
+        scenarios="offline batching").field()
     decode: str = Parameter(
-        "generate",
-        "generate, compiled (static cache, torch.compile, CUDA graphs), prompt_lookup, or assisted (by a draft model)",
-        "decode",
-        sweep=True,
-    ).field()
+        "generate", "generate, compiled (static cache, torch.compile, CUDA graphs), prompt_lookup, or assisted (by "
+        "a draft model)", "decode", "model", sweep=True).field()
     assistant: str | None = Parameter(
-        None,
-        "decode=assisted: draft model with the same vocabulary (preset, Hub id or local folder)",
-        "text",
-        sweep=True,
-        unset="none",
-        scenarios="offline batching",
-    ).field()
+        None, "decode=assisted: draft model with the same vocabulary (preset, Hub id or local folder)", "text", "model",
+        metavar="MODEL", sweep=True, unset="none", scenarios="offline batching").field()
     draft_tokens: int = Parameter(
-        10,
-        "decode=prompt_lookup,assisted: most tokens proposed per step",
-        "count",
-        sweep=True,
-        high=1000,
-        scenarios="offline batching",
-    ).field()
+        10, "decode=prompt_lookup,assisted: most tokens proposed per step", "count", "model", metavar="TOKENS",
+        sweep=True, high=1000, scenarios="offline batching").field()
     seed: int = Parameter(
-        0, "seed of prompts, random weights and arrival times", "count", low=0, high=2**31 - 1
-    ).field()
+        0, "seed of prompts, random weights and arrival times", "count", "workload", low=0, high=2**31 - 1).field()
     batching: str | None = Parameter(
-        None,
-        "batch a request stream in process: static, dynamic or continuous; batch_size is the maximum",
-        "batching",
-        sweep=True,
-        unset="none",
-        scenarios="batching",
-    ).field()
+        None, "batch a request stream in process; batch_size is the maximum", "batching", "workload", sweep=True,
+        unset="none", scenarios="batching").field()
     batch_wait_ms: float = Parameter(
-        100,
-        "batching=dynamic: longest time a request waits for others, ms",
-        "number",
-        low=0,
-        high=1e9,
-        scenarios="batching",
-    ).field()
-    trust_remote_code: bool = Parameter(False, "run code that comes with a model; recorded", "flag").field()
+        100, "batching=dynamic: longest time a request waits for others, ms", "number", "workload", metavar="MS", low=0,
+        high=1e9, scenarios="batching").field()
+    trust_remote_code: bool = Parameter(False, "run code that comes with a model; recorded", "flag", "limits").field()
     allow_pickle: bool = Parameter(
-        False, "read pickled weights (.bin) if there are no safetensors; recorded", "flag"
-    ).field()
+        False, "read pickled weights (.bin) if there are no safetensors; recorded", "flag", "limits").field()
     url: str | None = Parameter(
-        None, "server to measure, with backend=openai: http://127.0.0.1:8000", "url", unset="none", scenarios="online"
-    ).field()
+        None, "server to measure, with backend=openai: http://127.0.0.1:8000", "url", "server", unset="none",
+        scenarios="online").field()
     launch: str | None = Parameter(
-        None,
-        "command that starts the server, with {port} and, where it needs them, {model} and {quant}; separate several "
-        "by ' ; '",
-        "launch",
-        sweep=True,
-        unset="none",
-        scenarios="online",
-        separator=" ; ",
-    ).field()
+        None, "command that starts the server, with {port} and, where it needs them, {model} and {quant}; separate "
+        "several by ' ; '", "launch", "server", sweep=True, unset="none", scenarios="online", separator=" ; ").field()
     endpoint: str = Parameter(
-        "completions", "completions (/v1/completions) or chat (/v1/chat/completions)", "endpoint", scenarios="online"
-    ).field()
+        "completions", "completions (/v1/completions) or chat (/v1/chat/completions)", "endpoint", "server",
+        scenarios="online").field()
     concurrency: int = Parameter(
-        1,
-        "closed loop: users, each of whom waits for an answer before the next request",
-        "count",
-        sweep=True,
-        high=65536,
-        scenarios="online",
-    ).field()
+        1, "closed loop: users, each of whom waits for an answer before the next request", "count", "workload",
+        metavar="USERS", sweep=True, high=65536, scenarios="online").field()
     request_rate: float | None = Parameter(
-        None,
-        "open loop: requests per second, sent whether or not earlier ones are answered",
-        "number",
-        sweep=True,
-        unset="none",
-        low=0.001,
-        scenarios="batching online",
-    ).field()
+        None, "open loop: requests per second, sent whether or not earlier ones are answered", "number", "workload",
+        metavar="PER_S", sweep=True, unset="none", low=0.001, scenarios="batching online").field()
     ramp_to: float | None = Parameter(
-        None,
-        "open loop: final rate; it rises evenly from request_rate over each repetition",
-        "number",
-        unset="none",
-        low=0.001,
-        scenarios="online",
-    ).field()
+        None, "open loop: final rate; it rises evenly from request_rate over each repetition", "number", "workload",
+        metavar="PER_S", unset="none", low=0.001, scenarios="online").field()
     trace: str | None = Parameter(
-        None,
-        "open loop of recorded requests: JSON Lines file of timestamp (ms), input_length, output_length",
-        "trace",
-        unset="none",
-        scenarios="online",
-    ).field()
+        None, "open loop of recorded requests: JSON Lines file of timestamp (ms), input_length, output_length", "trace",
+        "workload", unset="none", scenarios="online").field()
     arrival: str = Parameter(
-        "poisson",
-        "open loop: gaps between requests are poisson, constant or gamma",
-        "arrival",
-        scenarios="batching online",
-    ).field()
+        "poisson", "open loop: distribution of the gaps between requests", "arrival", "workload",
+        scenarios="batching online").field()
     burstiness: float = Parameter(
-        1,
-        "arrival=gamma: shape; 1 = poisson, below 1 = bursts, above 1 = more even",
-        "number",
-        low=0.01,
-        high=1e6,
-        scenarios="batching online",
-    ).field()
+        1, "arrival=gamma: shape; 1 = poisson, below 1 = bursts, above 1 = more even", "number", "workload", low=0.01,
+        high=1e6, scenarios="batching online").field()
     client_processes: int | None = Parameter(
-        None,
-        "processes that send requests and time answers; auto = each uses less than half its core, and the server "
-        "keeps one core",
-        "count",
-        unset="auto",
-        high=256,
-        scenarios="online",
-    ).field()
+        None, "processes that send requests and time answers; auto = each uses less than half its core, and the "
+        "server keeps one core", "count", "server", unset="auto", high=256, scenarios="online").field()
     requests: int | None = Parameter(
         None,
         "requests (history=sent: conversations) per repetition; auto = 4 per user, or 10 s at the rate, at least 12",
-        "count",
-        unset="auto",
-        scenarios="batching online",
-    ).field()
+        "count", "workload", unset="auto", scenarios="batching online").field()
     duration_s: float | None = Parameter(
-        None,
-        "start no request later than this many seconds into a repetition",
-        "number",
-        unset="none",
-        low=0.1,
-        high=1e6,
-        scenarios="online",
-    ).field()
+        None, "start no request later than this many seconds into a repetition", "number", "workload", metavar="S",
+        unset="none", low=0.1, high=1e6, scenarios="online").field()
     request_timeout_s: float = Parameter(
-        600, "seconds after which a request has failed", "number", low=0.1, high=86400, scenarios="online"
-    ).field()
+        600, "seconds after which a request has failed", "number", "server", metavar="S", low=0.1, high=86400,
+        scenarios="online").field()
     slo_ttft_ms: float | None = Parameter(
-        None, "goodput: longest time to the first token", "number", unset="none", low=0, scenarios="batching online"
-    ).field()
+        None, "goodput: longest time to the first token", "number", "server", metavar="MS", unset="none", low=0,
+        scenarios="batching online").field()
     slo_tpot_ms: float | None = Parameter(
-        None,
-        "goodput: longest mean time per token after the first",
-        "number",
-        unset="none",
-        low=0,
-        scenarios="batching online",
-    ).field()
+        None, "goodput: longest mean time per token after the first", "number", "server", metavar="MS", unset="none",
+        low=0, scenarios="batching online").field()
     slo_e2e_ms: float | None = Parameter(
-        None, "goodput: longest time for a whole answer", "number", unset="none", low=0, scenarios="batching online"
-    ).field()
+        None, "goodput: longest time for a whole answer", "number", "server", metavar="MS", unset="none", low=0,
+        scenarios="batching online").field()
+
+    # fmt: on
 
     @property
     def mean_rate(self) -> float | None:
@@ -345,100 +203,66 @@ def differing(cells: Sequence[Cell], without: Collection[str] = ()) -> list[str]
 class Options:
     """Parameters of a whole command; they do not decide a result."""
 
+    # fmt: off
     preset: str | None = Parameter(
-        None, "grid of parameters: quick or effillm; parameters given besides override it", "preset", unset="none"
-    ).field()
-    output_dir: str = Parameter("llmbench-results", "folder for results (the journal)", "text").field()
+        None, "grid of parameters; those given besides override it", "preset", "measurement", unset="none").field()
+    output_dir: str = Parameter(
+        "llmbench-results", "folder for results (the journal)", "text", "results", metavar="FOLDER").field()
     on: str = Parameter(
-        "here", "where to measure: here, ray (this machine's Ray cluster), or ray://host:port", "place"
-    ).field()
+        "here", "where to measure: on this machine, on its Ray cluster, or on another cluster", "place",
+        "measurement").field()
     price_per_hour: float | None = Parameter(
-        None, "price of this machine per hour, for cost metrics", "number", unset="none", low=0
-    ).field()
+        None, "price of this machine per hour, for cost metrics", "number", "measurement", metavar="MONEY",
+        unset="none", low=0).field()
     nominal_bandwidth: float | None = Parameter(
-        None,
-        "memory bandwidth of the device by its data sheet, GB/s; MBU is then relative to it",
-        "number",
-        unset="none",
-        low=0.001,
-        scenarios="offline batching",
-    ).field()
-    force: bool = Parameter(False, "measure cells that are estimated not to fit in memory", "flag").field()
+        None, "memory bandwidth of the device by its data sheet, GB/s; MBU is then relative to it", "number",
+        "measurement", metavar="GB/S", unset="none", low=0.001, scenarios="offline batching").field()
+    force: bool = Parameter(False, "measure cells that are estimated not to fit in memory", "flag", "limits").field()
     quality: str = Parameter(
-        "none",
-        "auto = after timing, measure KL divergence from the unquantized model, top-1 agreement and perplexity",
-        "quality",
-    ).field()
-    quality_text: str = Parameter("bundled", "text for perplexity: bundled, or a text file", "text_file").field()
+        "none", "auto: after timing, measure KL divergence from the unquantized model, top-1 agreement and perplexity",
+        "quality", "quality").field()
+    quality_text: str = Parameter(
+        "bundled", "text for perplexity: bundled, or a text file", "text_file", "quality").field()
     quality_reference: str | None = Parameter(
-        None,
-        "unquantized model (Hub id or folder) to compare an already quantized one with; none = the model without its "
-        "quantization",
-        "text",
-        unset="none",
-    ).field()
+        None, "unquantized model (Hub id or folder) to compare an already quantized one with; none = the model "
+        "without its quantization", "text", "quality", metavar="MODEL", unset="none").field()
     quality_tasks: str | None = Parameter(
-        None,
-        "lm-eval tasks to evaluate after timing: names, YAML files or folders, separated by commas",
-        "tasks",
-        unset="none",
-    ).field()
+        None, "lm-eval tasks to evaluate after timing: names, YAML files or folders, separated by commas", "tasks",
+        "quality", metavar="TASK,…", unset="none").field()
     quality_limit: int | None = Parameter(
-        None, "most documents per lm-eval task; none = all", "count", unset="none"
-    ).field()
+        None, "most documents per lm-eval task; none = all", "count", "quality", metavar="DOCUMENTS",
+        unset="none").field()
     twin: bool = Parameter(
         False,
         "with launch: also measure each configuration without a server, as one batch of the transformers backend",
-        "flag",
-        scenarios="online",
-    ).field()
+        "flag", "measurement", scenarios="online").field()
     find: str | None = Parameter(
-        None,
-        "goodput = search for the highest request rate that meets the SLOs, starting at request_rate or at one user's "
-        "rate",
-        "find",
-        unset="none",
-        scenarios="online",
-    ).field()
+        None, "goodput = search for the highest request rate that meets the SLOs, starting at request_rate or at "
+        "one user's rate", "find", "measurement", unset="none", scenarios="online").field()
     attainment: float = Parameter(
-        0.9,
-        "find=goodput: share of requests that must meet every SLO",
-        "number",
-        low=0.01,
-        high=0.999,
-        scenarios="online",
-    ).field()
+        0.9, "find=goodput: share of requests that must meet every SLO", "number", "measurement", metavar="RATIO",
+        low=0.01, high=0.999, scenarios="online").field()
     slo: str | None = Parameter(
-        None,
-        "SLOs of an MLPerf benchmark, for those not given: llama2-70b, llama2-70b-interactive, llama3.1-8b or "
-        "llama3.1-8b-interactive",
-        "slo",
-        unset="none",
-        scenarios="batching online",
-    ).field()
+        None, "SLOs of an MLPerf benchmark, for those not given", "slo", "server", unset="none",
+        scenarios="batching online").field()
     rerun: bool = Parameter(
-        False, "measure again even if this configuration, environment and workload were measured before", "flag"
-    ).field()
+        False, "measure again even if this configuration, environment and workload were measured before", "flag",
+        "measurement").field()
     memory_limit: int | None = Parameter(
-        None,
-        "most memory a worker may need, such as 6GB; auto = free memory less a twentieth of the machine's",
-        "size",
-        unset="auto",
-        low=100e6,
-        high=1e15,
-    ).field()
+        None, "most memory a worker may need, such as 6GB; auto = free memory less a twentieth of the machine's",
+        "size", "limits", unset="auto", low=100e6, high=1e15).field()
     load_timeout_s: float | None = Parameter(
-        3600, "seconds allowed for loading (downloads have no limit)", "number", unset="none", low=0.1
-    ).field()
+        3600, "seconds allowed for loading (downloads have no limit)", "number", "limits", metavar="S", unset="none",
+        low=0.1).field()
     first_token_timeout_s: float | None = Parameter(
-        3600, "seconds allowed from a cell's start to its first token", "number", unset="none", low=0.1
-    ).field()
+        3600, "seconds allowed from a cell's start to its first token", "number", "limits", metavar="S", unset="none",
+        low=0.1).field()
     repetition_timeout_s: float | None = Parameter(
-        3600, "seconds allowed for one run of a cell, warm-up or timed", "number", unset="none", low=0.1
-    ).field()
+        3600, "seconds allowed for one run of a cell, warm-up or timed", "number", "limits", metavar="S", unset="none",
+        low=0.1).field()
     cell_timeout_s: float | None = Parameter(
-        None, "seconds allowed for a whole cell", "number", unset="none", low=0.1
-    ).field()
+        None, "seconds allowed for a whole cell", "number", "limits", metavar="S", unset="none", low=0.1).field()
+    # fmt: on
 
 
 PARAMETERS: dict[str, Field[Any]] = {f.name: f for kind in (Cell, Options) for f in dataclasses.fields(kind)}

@@ -1,8 +1,10 @@
-"""Write numbers for people."""
+"""Write numbers for people, and find the word that they meant."""
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Iterable
 from typing import Any, overload
 
 
@@ -36,3 +38,15 @@ def finite(value: object) -> Any:
 def plural(number: int, noun: str) -> str:
     """Return a count with its noun: `1 run`, `2 runs`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def nearest(text: str, known: Iterable[str]) -> str:
+    """Return the known word that is most like a text, "" if none is."""
+    return next(iter(difflib.get_close_matches(text.lower(), list(known), n=1)), "")
+
+
+def known_words(text: str, known: Iterable[str]) -> str:
+    """Return the advice for an unknown word: `Did you mean int4? Known: …`."""
+    names = list(known)
+    near = nearest(text, names)
+    return f"{f'Did you mean {near}? ' if near else ''}Known: {', '.join(names)}."

@@ -11,6 +11,7 @@ from ..analysis.comparison import Comparison
 from ..records.calibration import Calibration
 from ..records.errors import UsageError
 from ..records.results import RunResult
+from ..records.text import known_words
 from ..reports import artifacts
 from ..system import calibrations as calibrations_here
 from ..tracking.load_results import load_all, load_results
@@ -72,7 +73,7 @@ def compare_all(
     comparisons before they are written and logged. Raises UsageError, NotComparable, or the errors of `load_results`.
     """
     if unknown := sorted(allow - set(ALLOWABLE)):
-        raise UsageError(f"Unknown difference to allow: {unknown[0]}. Known: {', '.join(ALLOWABLE)}.")
+        raise UsageError(f"Unknown difference to allow: {unknown[0]}. {known_words(unknown[0], ALLOWABLE)}")
     first, *others = load_all(references, tracking_uri)
     if not others:
         raise UsageError(

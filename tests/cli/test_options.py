@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mlflow_llmbench.cli.main import COMMANDS, build_parser
+from mlflow_llmbench.cli import parser
+from mlflow_llmbench.cli.main import COMMANDS, parse
 from mlflow_llmbench.cli.options import Option, comma_list, command
 from mlflow_llmbench.records.cell import PARAMETERS
 
@@ -22,26 +23,22 @@ from mlflow_llmbench.records.cell import PARAMETERS
 )
 def test_none_is_the_same_as_not_given(name: str, arguments: list[str], text: str) -> None:
     """An MLproject passes every parameter, and `none` is the default of those that are not given."""
-    parser, declared = build_parser(), COMMANDS[name]
-    given = parser.parse_args([name, *(argument.format(text) for argument in arguments)])
-    alone = parser.parse_args([name, *(argument for argument in arguments if "{}" not in argument)])
-    assert [option.value(given) for option in declared.options] == [option.value(alone) for option in declared.options]
+    given = parse([name, *(argument.format(text) for argument in arguments)])
+    alone = parse([name, *(argument for argument in arguments if "{}" not in argument)])
+    options = COMMANDS[name].options
+    assert [o.value(given.values[o.argument]) for o in options] == [o.value(alone.values[o.argument]) for o in options]
 
 
 def test_a_command_gets_its_options_as_arguments() -> None:
     seen: dict[str, object] = {}
 
     @command("echo", "repeat", Option("words", "words", "WORD", many=True), Option("--loud", "100 % loud", flag=True))
-    def echo(words: list[str], loud: bool) -> int:
+    def echo(words: tuple[str, ...], loud: bool) -> int:
         seen.update(words=words, loud=loud)
         return 7
 
-    commands = build_parser()._subparsers._group_actions[0]  # type: ignore[union-attr]
-    echo.add_to(commands)
-    parser = commands.choices["echo"]  # type: ignore[index,call-overload]
-    assert "100 % loud" in parser.format_help()
-    assert echo.run(parser.parse_args(["a", "b", "--loud"])) == 7
-    assert seen == {"words": ["a", "b"], "loud": True}
+    assert parser.parse({"Own": [echo]}, ["echo", "a", "--loud", "b"]).run() == 7
+    assert seen == {"words": ("a", "b"), "loud": True}
 
 
 def test_every_measuring_command_has_the_declared_parameters() -> None:

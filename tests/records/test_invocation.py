@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mlflow_llmbench.cli.main import COMMANDS, build_parser
+from mlflow_llmbench.cli.main import COMMANDS, parse
 from mlflow_llmbench.cli.options import entry_points
 from mlflow_llmbench.records.invocation import (
     MODULE,
@@ -79,4 +79,4 @@ def test_the_entry_points_are_those_of_the_project() -> None:
     ],
 )
 def test_a_named_command_is_one_that_the_parser_takes(text: str) -> None:
-    assert build_parser().parse_args(shlex.split(text)[1:])
+    assert parse(shlex.split(text)[1:])

@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 
 from mlflow_llmbench import run
 from mlflow_llmbench.analysis.memory_frontier import frontiers
-from mlflow_llmbench.cli.main import build_parser
+from mlflow_llmbench.cli.main import parse as parse_call
 from mlflow_llmbench.config.cells import LOADED, expand_cells, sweep_name
 from mlflow_llmbench.config.spec import parse
 from mlflow_llmbench.measure.events import StageMemory
@@ -239,7 +239,7 @@ def test_the_command_asks_for_the_same(parameters: dict[str, str]) -> None:
     """The command, split by a shell and parsed by us, gives the same specification except the output folder."""
     spec = parse(parameters)
     program, *arguments = shlex.split(sweep.sweep_command(spec))
-    given = vars(build_parser().parse_args(arguments))
+    given = parse_call(arguments).values
     again = parse({name: given[name] for name in PARAMETERS if given.get(name) is not None})
     assert program == "llmbench"
     assert again.axes == spec.axes

@@ -21,6 +21,7 @@ from ...records.errors import UsageError
 from ...records.metric import ExportComment
 from ...records.metrics import shown_in
 from ...records.quantizations import BITSANDBYTES, MIXED, SCHEMES, UNPACKED, Scheme
+from ...records.text import known_words
 
 Config = Mapping[str, Any]
 TGI_THRESHOLD = 6.0
@@ -39,7 +40,7 @@ def export(config: Config, requirements: tuple[str, ...] = (), *, uri: str, targ
     Raises UsageError for an unknown target and for configurations that the target cannot serve.
     """
     if target not in TARGETS:
-        raise UsageError(f"Unknown target: {target}. Known: {', '.join(TARGETS)}.")
+        raise UsageError(f"Unknown target: {target}. {known_words(target, TARGETS)}")
     kind, gguf = TARGETS[target], _engine(config) == GGUF_FILE.engine
     if not _engine(config):
         raise UsageError(

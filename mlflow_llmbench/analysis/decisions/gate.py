@@ -19,6 +19,7 @@ from ...records.errors import UsageError
 from ...records.metric import Gated
 from ...records.metrics import KEYS, PERPLEXITY, by_name, shown_in
 from ...records.results import RunResult, Verdict
+from ...records.text import known_words
 from ..comparability import Difference, differences, same_evidence
 from ..comparison import (
     BETTER,
@@ -101,7 +102,7 @@ def parse_limits(text: str) -> dict[str, float]:
         name, _, amount = part.partition("=")
         key = NAMES.get(name, name)
         if key not in NAMES.values():
-            raise UsageError(f"Unknown metric in --limit: {name}. Known: {', '.join(NAMES)}.")
+            raise UsageError(f"Unknown metric in --limit: {name}. {known_words(name, NAMES)}")
         found[key] = parse_ratio(f"--limit {name}", amount)
     return found
 

@@ -6,6 +6,7 @@ import re
 
 from ...records.errors import UsageError
 from ...records.metrics import TPOT, TTFT
+from ...records.text import known_words
 from .candidates import MEMORY, Limit, Measure
 from .recommend import QUALITY_MEASURES
 
@@ -36,7 +37,7 @@ def read_limits(
         name, _, text = part.partition("=")
         if name not in QUALITY_MEASURES:
             raise UsageError(
-                f"Unknown quality: {name}. Known: {', '.join(QUALITY_MEASURES)}. Give for example --min-quality "
+                f"Unknown quality: {name}. {known_words(name, QUALITY_MEASURES)} Give for example --min-quality "
                 "kl=0.05."
             )
         found.append(

@@ -18,6 +18,7 @@ from ...records.errors import UsageError
 from ...records.metric import Goal, QualityBound
 from ...records.metrics import shown_in
 from ...records.results import RunResult
+from ...records.text import known_words
 from ..comparability import differences, same_evidence
 from ..comparison import sentence
 from .candidates import MEMORY, Candidate, Limit, Measure, bound_text, candidates, figure, interval
@@ -85,9 +86,9 @@ def recommend(
     results.
     """
     if goal not in GOALS:
-        raise UsageError(f"Unknown goal: {goal}. Known: {', '.join(GOALS)}.")
+        raise UsageError(f"Unknown goal: {goal}. {known_words(goal, GOALS)}")
     if unknown := sorted(allow - set(ALLOWABLE)):
-        raise UsageError(f"Unknown difference to allow: {unknown[0]}. Known: {', '.join(ALLOWABLE)}.")
+        raise UsageError(f"Unknown difference to allow: {unknown[0]}. {known_words(unknown[0], ALLOWABLE)}")
     if not results:
         raise UsageError("There is no result to choose from. Give the folder or the run of a sweep.")
     judged = Judge(noise, tuple(calibrations))

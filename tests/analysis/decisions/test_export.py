@@ -230,7 +230,7 @@ def test_every_option_is_one_that_the_program_has(target: str, quant: str) -> No
         (
             "ollama",
             (),
-            "Unknown target: ollama. Known: vllm, tgi, sglang, llama.cpp, transformers, docker-compose, kubernetes",
+            r"Unknown target: ollama. Did you mean llama.cpp\? Known: vllm, tgi, sglang, llama.cpp, transformers",
         ),
     ],
 )
@@ -295,7 +295,6 @@ def test_the_command_reads_the_registered_version(
 
 
 def test_help_names_every_target(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["export", "--help"])
+    assert main(["export", "--help"]) == 0
     text = "".join(capsys.readouterr().out.split())
     assert all(target in text for target in TARGETS)

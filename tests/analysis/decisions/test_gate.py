@@ -19,7 +19,7 @@ from mlflow_llmbench import run
 from mlflow_llmbench.analysis.decisions import gate as analysis
 from mlflow_llmbench.analysis.decisions.gate import Gate, missing, parse_limits, parse_ratio, single_checks
 from mlflow_llmbench.analysis.summary import summarize
-from mlflow_llmbench.cli.main import build_parser, main
+from mlflow_llmbench.cli.main import main, parse
 from mlflow_llmbench.records.errors import UsageError
 from mlflow_llmbench.records.results import Hashes, MemoryStages, Quality, RunResult, TextScores
 from mlflow_llmbench.reports.gate import gate_cells, gate_junit, gate_markdown
@@ -462,7 +462,7 @@ def test_the_github_actions_example_uses_options_that_exist() -> None:
             "models:/x@champion",
             line.partition("|")[0] if " | " in line and "$(" not in line else line,
         )
-        assert build_parser().parse_args(shlex.split(plain)[1:])
+        assert parse(shlex.split(plain)[1:])
 
 
 # Both measured again
