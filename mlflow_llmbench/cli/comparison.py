@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,7 @@ from .options import (
     output_dir,
     permissions,
 )
-from .output import print_json
+from .output import print_json, progress
 
 if TYPE_CHECKING:
     from ..analysis.comparison import Comparison
@@ -150,20 +149,20 @@ def reproduce(
     """
     from ..analysis.decisions.gate import parse_ratio
     from ..reports import comparison, reproduction
-    from ..sweeps.progress import Progress
     from ..workflows import reproduce
 
-    done = reproduce.reproduce(
-        reference,
-        margin=parse_ratio("--margin", margin),
-        permissions=permissions(trust_remote_code, allow_pickle),
-        url=url,
-        output_dir=output_dir,
-        tracking_uri=tracking_uri,
-        experiment=experiment,
-        watcher=Progress(sys.stderr),
-        say=print,
-    )
+    with progress(plans=False) as shown:
+        done = reproduce.reproduce(
+            reference,
+            margin=parse_ratio("--margin", margin),
+            permissions=permissions(trust_remote_code, allow_pickle),
+            url=url,
+            output_dir=output_dir,
+            tracking_uri=tracking_uri,
+            experiment=experiment,
+            watcher=shown,
+            say=print,
+        )
     print(reproduction.format_reproduction(done.found))
     if done.comparison:
         print(f"\n{comparison.format_comparison(done.comparison)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +21,7 @@ from .options import (
     output_dir,
     permissions,
 )
-from .output import print_json
+from .output import print_json, progress
 
 if TYPE_CHECKING:
     from ..analysis.decisions.recommend import Recommendation
@@ -178,7 +177,6 @@ def gate(
     from ..analysis.decisions.gate import parse_limits, parse_ratio
     from ..measure.journal import write_bytes
     from ..reports.gate import format_gate, gate_json
-    from ..sweeps.progress import Progress
     from ..workflows import gate
     from ..workflows.gate_remeasurement import Remeasure
 
@@ -188,23 +186,24 @@ def gate(
             if path:
                 write_bytes(Path(path), run.files[name])
 
-    again = Remeasure(
-        _pairs(pairs),
-        permissions(trust_remote_code, allow_pickle),
-        output_dir,
-        experiment,
-        Progress(sys.stderr),
-    )
-    run = gate.gate(
-        candidate,
-        against,
-        parse_limits(limit or ""),
-        default_limit=parse_ratio("--default-limit", default_limit),
-        accept_suspect=accept_suspect,
-        again=again if measure or pairs else None,
-        tracking_uri=tracking_uri,
-        on_result=show,
-    )
+    with progress(plans=False) as shown:
+        again = Remeasure(
+            _pairs(pairs),
+            permissions(trust_remote_code, allow_pickle),
+            output_dir,
+            experiment,
+            shown,
+        )
+        run = gate.gate(
+            candidate,
+            against,
+            parse_limits(limit or ""),
+            default_limit=parse_ratio("--default-limit", default_limit),
+            accept_suspect=accept_suspect,
+            again=again if measure or pairs else None,
+            tracking_uri=tracking_uri,
+            on_result=show,
+        )
     if run.run_id is None:
         print(
             f"\nNot logged: the store {redact(run.store_uri)} has no run of the candidate. "

@@ -25,7 +25,7 @@ from .options import (
     command,
     training_options,
 )
-from .output import print_json, print_version_warnings
+from .output import print_json, print_version_warnings, progress
 
 
 @command(
@@ -98,20 +98,20 @@ def ab(
 
     from ..reports import comparison
     from ..reports.sweep_result import format_locations, sweep_json
-    from ..sweeps.progress import Progress
     from ..workflows import ab
 
     print_version_warnings()
-    done = ab.run_ab(
-        ab.parse_side(a),
-        ab.parse_side(b),
-        common,
-        pairs=pairs,
-        noise=noise,
-        tracking_uri=tracking_uri,
-        experiment=experiment,
-        watcher=Progress(sys.stderr),
-    )
+    with progress() as shown:
+        done = ab.run_ab(
+            ab.parse_side(a),
+            ab.parse_side(b),
+            common,
+            pairs=pairs,
+            noise=noise,
+            tracking_uri=tracking_uri,
+            experiment=experiment,
+            watcher=shown,
+        )
     print(f"{comparison.format_comparison(done.comparison)}\n\n{format_locations(done.sweep)}")
     if json:
         print_json({**comparison.comparison_json(done.comparison), **sweep_json(done.sweep)})
@@ -167,24 +167,24 @@ def study(
     from ..reports.study import study_json
     from ..reports.study_result import format_study_result
     from ..reports.sweep_result import sweep_json
-    from ..sweeps.progress import Progress
     from ..workflows import study
 
     references = _references(of)
     prices = study.parse_prices(price or "none")
     print_version_warnings()
-    done = study.run_study(
-        parameters if measures or not references else None,
-        of=references,
-        share=share,
-        prices=prices,
-        accept_suspect=accept_suspect,
-        output=output,
-        log=log,
-        tracking_uri=tracking_uri,
-        experiment=experiment,
-        watcher=Progress(sys.stderr),
-    )
+    with progress() as shown:
+        done = study.run_study(
+            parameters if measures or not references else None,
+            of=references,
+            share=share,
+            prices=prices,
+            accept_suspect=accept_suspect,
+            output=output,
+            log=log,
+            tracking_uri=tracking_uri,
+            experiment=experiment,
+            watcher=shown,
+        )
     print(format_study_result(done))
     if json:
         told: dict[str, Any] = {"run_id": done.run_id, "study_folder": str(done.folder) if done.folder else None}
@@ -221,17 +221,17 @@ def calibrate(
     from ..records.codec import to_json
     from ..reports.calibration import format_calibration
     from ..reports.sweep_result import format_locations
-    from ..sweeps.progress import Progress
     from ..workflows import calibrate
 
     print_version_warnings()
-    done = calibrate.calibrate(
-        parameters,
-        of=_references(of),
-        tracking_uri=tracking_uri,
-        experiment=experiment,
-        watcher=Progress(sys.stderr),
-    )
+    with progress() as shown:
+        done = calibrate.calibrate(
+            parameters,
+            of=_references(of),
+            tracking_uri=tracking_uri,
+            experiment=experiment,
+            watcher=shown,
+        )
     print(format_calibration(done.calibration))
     print(f"Kept: {done.file}")
     if done.sweep:
@@ -289,11 +289,12 @@ def _references(texts: Sequence[str]) -> list[str]:
 
 def _run(parameters: Mapping[str, object], json: bool, tracking_uri: str | None, experiment: str | None) -> int:
     from ..reports.sweep_result import format_sweep_result, sweep_json
-    from ..sweeps import sweep
-    from ..sweeps.progress import Progress
 
     print_version_warnings()
-    result = sweep.run(tracking_uri=tracking_uri, experiment=experiment, watcher=Progress(sys.stderr), **parameters)
+    with progress() as shown:
+        from ..sweeps import sweep
+
+        result = sweep.run(tracking_uri=tracking_uri, experiment=experiment, watcher=shown, **parameters)
     print(format_sweep_result(result))
     if json:
         print_json(sweep_json(result))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, TextIO
 
 from ..records.redaction import Terminal
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
+
+    from ..sweeps.progress import Progress
 
 
 def console(stream: TextIO) -> Console:
@@ -26,6 +30,24 @@ def console(stream: TextIO) -> Console:
 def show(page: RenderableType, stream: TextIO | None = None) -> None:
     """Print a page of ours, on stdout unless another stream is given."""
     console(stream or sys.stdout).print(page, end="", soft_wrap=True)
+
+
+@contextlib.contextmanager
+def progress(plans: bool = True) -> Iterator[Progress]:
+    """Show the progress of a sweep on stderr, and take it off the terminal at the end, however that comes.
+
+    It begins with the planning, unless something is printed before the sweep begins.
+    """
+    from ..measure.events import Stage
+    from ..sweeps.progress import Progress
+
+    shown = Progress(sys.stderr)
+    if plans and shown.live:
+        shown.event(Stage("planning"))
+    try:
+        yield shown
+    finally:
+        shown.finish()
 
 
 def print_json(data: object, ensure_ascii: bool = False) -> None:

@@ -250,7 +250,7 @@ def _warm_up(
             raise MeasurementError("The backend generated no token. Nothing can be measured.")
         durations.append(timed.seconds)
         steady = len(durations) >= LEAST_WARMUPS and is_steady(durations)
-        report(WarmupEnded(len(durations), most, durations[-1]))
+        report(WarmupEnded(len(durations), most, durations[-1], until_steady=not fixed or None))
     return durations[0] * 1000, durations, steady
 
 

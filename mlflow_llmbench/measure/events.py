@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from ..analysis.repetitions import output_rate
 from ..backends.base import DeviceMemory
 from ..records.codec import from_json, to_json
 from ..records.errors import JournalError
@@ -125,6 +126,11 @@ class LoadDescribed(Event, name="described"):
     info: LoadInfo
 
 
+@dataclass(frozen=True)
+class Waited(Event, name="waited"):
+    """Another second has passed in which no cell was timed. The supervisor makes it, for displays; it is never sent."""
+
+
 # One cell. `number` counts the cells of a group from 0.
 
 
@@ -169,24 +175,30 @@ class FirstToken(CellProgress, name="first_token"):
 
 @dataclass(frozen=True)
 class WarmupEnded(CellProgress, name="warmup"):
-    """Warm-up `number` (from 1) of at most `limit` has ended."""
+    """Warm-up `number` (from 1) of at most `limit` has ended. `until_steady`: they go on until their times agree."""
 
     number: int
     limit: int
     seconds: float
+    until_steady: bool | None = field(default=None, metadata=OMITTED)
 
 
 @dataclass(frozen=True)
 class RepetitionEnded(CellProgress, name="repetition"):
-    """Repetition `number` (from 1) of at most `limit` has ended. `repetition` is only in the worker's own journal."""
+    """Repetition `number` (from 1) of at most `limit` has ended. `repetition` is only in the worker's own journal.
+
+    `tokens_per_s`: output tokens per second of all rows, in the event that a worker sends.
+    """
 
     number: int
     limit: int
     repetition: Repetition | None = field(default=None, metadata=OMITTED)
+    tokens_per_s: float | None = field(default=None, metadata=OMITTED)
 
     def of_cell(self, number: int) -> CellProgress:
         """Return the event as a worker sends it, without raw data, which the worker has written already."""
-        return dataclasses.replace(self, number_of_cell=number, repetition=None)
+        rate = output_rate(self.repetition) if self.repetition and self.repetition.requests else None
+        return dataclasses.replace(self, number_of_cell=number, repetition=None, tokens_per_s=rate)
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def measure_group(
             preparing = Stage("preparing")
             report(preparing)  # in a separate process, so that neither its time nor its memory is measured
             job = WorkerJob("prepare", task.cells[:1], task.model, task.folders[:1])
-            fetched = supervise.run_worker(job, log.with_name("prepare.log"))
+            fetched = supervise.run_worker(job, log.with_name("prepare.log"), waited=report)
             if fetched.error or fetched.interrupted:
                 return GroupOutcome(
                     stages={"preparing": preparing},
@@ -61,7 +61,7 @@ def measure_group(
         except UsageError as error:
             why = str(error)
         job = WorkerJob("measure", task.cells, task.model, task.folders, order)
-        outcome = supervise.run_worker(job, log, report, limits, environment, more, pause)
+        outcome = supervise.run_worker(job, log, report, limits, environment, more, pause, waited=report)
         outcome.withheld += [why] if why else []
         return outcome
     except JournalError as error:

@@ -129,5 +129,5 @@ def _warm_up(
         first_ms = first_ms or seconds[0] * 1000
         durations.append(median(seconds))
         steady = len(durations) >= LEAST_WARMUPS and is_steady(durations)
-        report(WarmupEnded(len(durations), most, durations[-1]))
+        report(WarmupEnded(len(durations), most, durations[-1], until_steady=not fixed or None))
     return first_ms, durations, steady, trace

@@ -130,13 +130,14 @@ def _compute(
     log = task.folders[0] / "reference.log"
     # It may be missing here: the cells' own file may have been made from it long ago, or it is another model.
     if not backend_class(own.backend).is_prepared(own, model):
-        fetched = supervise.run_worker(WorkerJob("prepare", (own,), model, task.folders[:1]), log)
+        fetched = supervise.run_worker(WorkerJob("prepare", (own,), model, task.folders[:1]), log, waited=report)
         if fetched.interrupted:
             raise KeyboardInterrupt
         if fetched.error:
             return str(fetched.error)
     order = QualityOrder(task.options.quality_text, references=missing)
-    outcome = supervise.run_worker(WorkerJob("reference", (own,), model, task.folders[:1], order), log, limits=limits)
+    job = WorkerJob("reference", (own,), model, task.folders[:1], order)
+    outcome = supervise.run_worker(job, log, limits=limits, waited=report)
     if outcome.interrupted:
         raise KeyboardInterrupt
     return str(outcome.error) if outcome.error else ""

@@ -108,7 +108,7 @@ def _warm_up(
         requests = serve(stream, [0] * len(stream)).requests
         durations.append((max(r.stamps_ns[-1] for r in requests) - min(r.t0_ns for r in requests)) / 1e9)
         steady = len(durations) >= LEAST_WARMUPS and is_steady(durations)
-        report(WarmupEnded(len(durations), most, durations[-1]))
+        report(WarmupEnded(len(durations), most, durations[-1], until_steady=not fixed or None))
     return durations[0] * 1000, durations, steady
 
 

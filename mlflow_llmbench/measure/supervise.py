@@ -39,6 +39,9 @@ SAMPLE_S = 0.05
 LOADING_SAMPLE_S = 0.01
 """The same while a model is loaded: its peak is short, and no token is timed."""
 
+WAITED_S = 1.0
+"""Seconds between two events that tell a display that time passes, while no cell is timed."""
+
 LOOK_S = 2.0
 """Seconds between two searches for the processes of a server while it is measured."""
 
@@ -69,6 +72,7 @@ def run_worker(
     environment: Mapping[str, Any] | None = None,
     more: More | None = None,
     pause: Pause | None = None,
+    waited: Report | None = None,
 ) -> GroupOutcome:
     """Run one job in a fresh process and wait for its end. A failure of the worker is in `outcome.error`, never raised.
 
@@ -76,14 +80,14 @@ def run_worker(
     An interruption ends the worker and sets `outcome.interrupted`, so that earlier measurements are not lost. With
     `more`, the worker goes on with the cells that `more` chooses from the results so far; their numbers follow those of
     the job's cells. `pause` is called after each cell but the last, and before the quality is evaluated; the worker
-    waits until it returns.
+    waits until it returns. `waited` gets an event for each second in which no cell is timed.
     """
     clock = Clock.now()
     outcome = GroupOutcome(environment=environment, clock=clock)
     failure: LlmbenchError | None = None
     process = _start(job, log_file)
     is_client = job.cells[0].scenario == "online"
-    watch = _Watch(process, outcome, limits or Limits(), report, watches_memory=not is_client, more=more, pause=pause)
+    watch = _Watch(process, outcome, limits or Limits(), report, not is_client, more=more, pause=pause, waited=waited)
     try:
         assert process.stdin
         told = dataclasses.replace(job, searches=more is not None, pauses=pause is not None)
@@ -178,6 +182,8 @@ class _Watch:
     journal: EventLog | None = None
     more: More | None = None
     pause: Pause | None = None
+    waited: Report | None = None
+    told: float = 0.0  # when `waited` was last called
     added: list[Path] = field(default_factory=list)  # folders of the cells chosen by `more`
     keeper: int | None = None  # pid of the keeper, the ancestor of all processes of a server that we started
     pids: list[int] = field(default_factory=list)  # the server's processes when last searched for
@@ -203,6 +209,7 @@ class _Watch:
                     if self.watches_memory or self.keeper:
                         self._sample()
                     self._check_time()
+                    self._tell_time()
                     loading = self.outcome.stage == "loading" and not self.keeper
                     due = time.monotonic() + (LOADING_SAMPLE_S if loading else SAMPLE_S)
                 if not ready:
@@ -311,6 +318,13 @@ class _Watch:
                     f"The worker was ended at stage {self.outcome.stage}: {doing} took more than {name}={limit_s:g}. "
                     "Try a smaller configuration, or raise the limit."
                 )
+
+    def _tell_time(self) -> None:
+        """Tell that another second has passed, unless a cell is being timed."""
+        now = time.monotonic()
+        if self.waited and self.cell_since is None and now - max(self.told, self.since) >= WAITED_S:
+            self.told = now
+            self.waited(events.Waited())
 
     def _sample(self) -> None:
         seen = self._server_memory() if self.keeper else memory.read(self.process.pid)

@@ -21,7 +21,17 @@ from ..config.spec import cell_fields
 from ..records.cell import PARAMETERS, Cell, as_text, default_text, list_text
 from ..records.environment import GPU_SOFTWARE, QUOTA, quota_text
 from ..records.metric import RATIO, Column, Entry, Line, interval_keys
-from ..records.metrics import DEVICE_MEMORY, HOST_NEEDED, KEYS, REPETITIONS, VARIATION, shown_in
+from ..records.metrics import (
+    DEVICE_MEMORY,
+    HOST_NEEDED,
+    KEYS,
+    OUTPUT_RATE,
+    REPETITIONS,
+    TTFT,
+    VARIATION,
+    peak_memory,
+    shown_in,
+)
 from ..records.results import RunResult, Verdict
 from ..records.text import number_text, short_number_text
 from ..stats import classify_outliers
@@ -141,6 +151,18 @@ def format_table(rows: Sequence[Row], varied: Sequence[str]) -> str:
     figures = [column for column, name in enumerate(heading[:-1]) if name not in PARAMETERS]
     notes = [f"{title}: {plain(text)}" for title, text in explanations(rows)]
     return "\n".join([text_table(heading, body, figures), *(["", *notes] if notes else [])])
+
+
+def row_text(row: Row) -> str:
+    """Return the figures of a measured cell in one line: `412 tokens/s · TTFT 31.2 ms · 0.61 GB · valid`."""
+    rate, ttft = row.metrics.get(OUTPUT_RATE.key()), row.metrics.get(TTFT.key("p50"))
+    memory = peak_memory(row.metrics)
+    figures = [
+        f"{short_number_text(rate)} tokens/s" if rate else "",
+        f"TTFT {short_number_text(ttft)} ms" if ttft else "",
+        f"{short_number_text(memory / 1e9)} GB" if memory else "",
+    ]
+    return " · ".join([*filter(None, figures), row.state])
 
 
 def explanations(rows: Sequence[Row]) -> list[tuple[str, str]]:

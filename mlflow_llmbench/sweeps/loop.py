@@ -278,6 +278,7 @@ class Sweep:
         with contextlib.suppress(Exception):
             result = redact_all(incomplete_result(job, self.plan.spec, self.plan.machine.environment))
             artifacts.write_cell(result, job.folder / "artifacts")
+            self.listener.row(job.name, row_of(result))
             self.recorder.upload_between(job, result)
 
     def _count(self, task: Task, outcome: GroupOutcome) -> None:
@@ -372,6 +373,7 @@ class Sweep:
             with self.recorder.report_errors(f"the charts of {job.name}"):
                 artifacts.draw_cell(result, folder / "charts")
         job.row, job.pending = row_of(result), None  # if interrupted before this line, `_finish` repeats the cell
+        self.listener.row(job.name, job.row)
         if not hurried:
             self.recorder.upload(job, result)
 

@@ -1,17 +1,14 @@
-"""Progress display of a sweep on a text stream: which cell of how many, which stage, and the time left.
+"""Progress of a sweep on a text stream: cell of how many, stage, speed, finished rows, and the time left.
 
-It has no thread and no timer. A worker event costs a few microseconds and at most one short write, so the display takes
-no CPU from the model that is being measured. On a terminal one line is rewritten. Elsewhere (CI, the log of an MLflow
-run) each change of stage gets a plain line, and repetitions get none. No colours and no escape sequences: a line is
-erased with spaces.
+It has no thread and no timer: it works in its calls only, which come between timed regions. On a terminal, two lines
+are redrawn (`live_display`), at most four times a second, and for repetitions at most once a second. Elsewhere (CI, the
+log of an MLflow run) each change of stage gets a plain line, and repetitions get none.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 import time
-import unicodedata
 from collections import deque
 from collections.abc import Callable
 from statistics import fmean
@@ -19,47 +16,61 @@ from typing import Protocol, TextIO
 
 from ..measure import events
 from ..measure.events import Event
+from ..records.text import short_number_text
+from ..reports.result import Row, row_text
+from .live_display import LiveDisplay, Status, cleaned
 
 WRITES_PER_S = 4
-"""Most writes to a terminal in any second. Repetitions only use those that changes of stage leave."""
+"""Most draws of a terminal in any second."""
 
-SHORTEST_NAME = 12
-"""Columns that a cell's name keeps on a narrow terminal; beyond that the rest of the line is cut."""
+AGAIN_S = 1.0
+"""Least seconds before an event of the same kind draws again, such as that of one more repetition."""
+
+SHORT_S = 120
+"""Seconds left below which the time of day of the end is not shown."""
+
+WARMING_UP = "warming up: the first calls are slower"
 
 STAGES = {
+    "planning": "planning",
     "preparing": "preparing the files",
     "reference": "computing the unquantized reference",
     "starting": "starting",
     "loading": "loading",
     "peak": "finishing",
-    "unloaded": "unloaded",
+    "unloaded": "ending",
 }
-"""Stage → text shown. *preparing* and *reference* come from the sweep, the others from the worker.
+"""Stage → text shown. *planning* comes from the command, *preparing* and *reference* from the sweep.
 
-*baseline* is not shown because it takes no time; *loaded* is shown at the event `ModelLoaded`.
+The worker sends the others. *baseline* takes no time and is not shown; *loaded* is shown at the event `ModelLoaded`.
 """
 
 
 class Progress:
-    """Display of one sweep: call `start`, for each cell `cell` and `event` (worker events), and at the end `finish`.
+    """Progress of one sweep: call `start`, for each cell `cell`, `event` (worker events) and `row`, at last `finish`.
 
     A worker numbers the cells of its own group; the sweep calls `cell` with their numbers in the whole plan, before it
     starts a worker and again at its event `CellBegun`. The same number twice is one cell. Cells may come in any order
     and are counted as they come. If the stream cannot be written to, the display ends but the sweep goes on.
     """
 
-    def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, stream: TextIO, clock: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time
+    ) -> None:
         self.stream: TextIO | None = stream
-        self.clock = clock
-        self.terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
-        self.writes: deque[float] = deque(maxlen=WRITES_PER_S)
-        self.shown = 0  # columns of the line now on the terminal
+        self.clock, self.wall = clock, wall
+        is_terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
+        self.live = LiveDisplay(stream) if is_terminal else None
+        self.draws: deque[float] = deque(maxlen=WRITES_PER_S)
         self.start(0)
 
     def start(self, total_cells: int) -> None:
         """Reset everything and begin a sweep of `total_cells` cells; shows nothing yet."""
         self.total = total_cells
         self.number, self.name, self.doing = 0, "", ""
+        self.rows: set[str] = set()  # names of the cells whose row was shown
+        self.widest = 0  # of these names
+        self.rates: list[float] = []  # tokens per second of this cell's repetitions
         self.places: dict[int, int] = {}  # number of a begun cell → its place in the order of measurement
         self.over: set[int] = set()  # numbers of cells that have ended, well or badly
         self.preparing = False
@@ -70,16 +81,17 @@ class Progress:
         self.limit = 0  # most repetitions of this cell
         self.since = self.clock()  # when the last cell ended, or the sweep began
         self.timed_since = self.since  # when the repetitions of this cell began
+        self.doing_since = self.since
 
     def cell(self, number: int, name: str) -> None:
         """Show cell `number` of the plan, counted from 1, as the current one. Cells may come in any order."""
-        if (number, name) == (self.number, self.name):
+        if (number, cleaned(name)) == (self.number, self.name):
             return
         self.over.add(self.number)  # also a cell that was skipped, or whose worker said nothing more
-        self.number, self.name, self.limit = number, name, 0
+        self.number, self.name, self.limit = number, cleaned(name), 0
         self.total = max(self.total, number)  # a search adds cells
         self.places.setdefault(number, len(self.places) + 1)
-        self._now("", log=name)
+        self._now("", log=self.name)
 
     def event(self, event: Event) -> None:
         """Handle one event, as `supervise.run_worker` passes it on. Most classes of events change nothing."""
@@ -92,15 +104,20 @@ class Progress:
                 self.over.discard(self.number)  # one of several processes for one cell
                 self.limit = self.repetitions[self.number] = 0
                 self.timed_since = self.clock()
-                self._now_and_log("warming up")
+                self.rates = []
+                self._now_and_log(WARMING_UP)
             case events.CompilationBegun():
                 self._now_and_log("compiling")
-            case events.WarmupEnded(number=number, limit=limit):
+            case events.WarmupEnded(number=number, limit=limit, until_steady=until_steady):
                 self.timed_since = self.clock()
-                self._now(f"warm-up {number}/{limit}", again=number > 1)
-            case events.RepetitionEnded(number=number, limit=limit):
+                why = ", until the times are steady" if until_steady else ""
+                self._now(f"warm-up {number}/{limit}{why}", again=number > 1)
+            case events.RepetitionEnded(number=number, limit=limit, tokens_per_s=rate):
                 self.repetitions[self.number], self.limit = number, limit
+                self.rates += [rate] if rate else []
                 self._now(f"repetition {number}/{limit}", log="measuring" if number == 1 else "", again=number != 1)
+            case events.Waited():
+                self._draw(again=True)
             case events.CellMeasured(node=node):
                 self._show_measured(node)
             case events.EvaluationBegun():
@@ -128,21 +145,30 @@ class Progress:
         self.seconds[self.number] = self.seconds.get(self.number, 0.0) + taken
         # When several nodes measure at once, the time since the last cell ended is not this cell's.
         doing = f"measured on {node}" if node else f"measured in {duration(taken)}"
-        left = self._left()
+        left = self._left(self.seconds_left())
         self._now(doing, log=f"{doing}, {left}" if left else doing)
+
+    def row(self, name: str, row: Row) -> None:
+        """Show the figures of a measured cell; a second row of the same cell changes nothing."""
+        if row.outcome == "ok" and not row.linked and name not in self.rows:
+            self.rows.add(name)
+            self.widest = max(self.widest, len(name))
+            if self.live:
+                self.live.note(f"✓ {name:<{self.widest}}  {row_text(row)}", "green")
+            else:
+                self._write(f"{cleaned(name)}: {row_text(row)}\n")
 
     def note(self, text: str) -> None:
         """Write a line that stays, such as a warning or a failure."""
-        if self.terminal:
-            line = self._line()
-            self._write(f"{self._erased()}{text}\n{line}", line)
+        if self.live:
+            self.live.note(text)
         else:
             self._write(f"{text}\n")
 
     def finish(self) -> None:
-        """Erase the line on the terminal, so that the next output starts on an empty one."""
-        if self.terminal and self.shown:
-            self._write(self._erased())
+        """Erase what is redrawn on the terminal, so that the next output starts on an empty line."""
+        if self.live:
+            self.live.stop()
 
     def seconds_left(self) -> float | None:
         """Return the estimated seconds to the end; None before anything is known.
@@ -193,53 +219,64 @@ class Progress:
         self._now(doing, log=doing)
 
     def _now(self, doing: str, log: str = "", again: bool = False) -> None:
-        """Show what the worker does now.
+        """Show what the worker does now: on a terminal in the block, elsewhere as a line `log`, if not empty.
 
-        On a terminal, rewrite the line if the limit of writes allows it; elsewhere write `log`, if not empty. `again`
-        marks one more event of the same kind, which may be left out.
+        `again` marks one more event of the same kind, which need not be shown.
         """
         self.doing = doing
-        if not self.terminal:
-            if log:
-                self._write(f"{self._count()}: {log}\n" if self.number else f"{log}\n")
-            return
+        if not again:
+            self.doing_since = self.clock()
+        if self.live:
+            self._draw(again)
+        elif log:
+            self._write(f"{self._count()}: {log}\n" if self.number else f"{log}\n")
+
+    def _draw(self, again: bool) -> None:
+        """Draw the block on a terminal, if the limits allow it."""
         now = self.clock()
-        full = len(self.writes) == WRITES_PER_S and now - self.writes[0] < 1
-        if full or (again and self.writes and now - self.writes[-1] < 1 / WRITES_PER_S):
+        full = len(self.draws) == WRITES_PER_S and now - self.draws[0] < 1
+        if self.live is None or full or (again and self.draws and now - self.draws[-1] < AGAIN_S):
             return
-        self.writes.append(now)
-        line = self._line()
-        self._write(f"\r{line}{' ' * (min(self.shown, self._room()) - _columns(line))}", line)
+        self.draws.append(now)
+        self.live.draw(self._status(now))
+
+    def _status(self, now: float) -> Status:
+        is_over = self.number in self.over
+        elapsed = now - self.doing_since
+        rate = f"{short_number_text(fmean(self.rates))} tokens/s" if self.rates and not is_over else ""
+        done = 0.0 if is_over or not self.limit else min(self.repetitions.get(self.number, 0) / self.limit, 1)
+        return Status(
+            self._count() if self.number else "",
+            self.name,
+            (self.doing, rate, duration(elapsed) if elapsed >= 1 and not is_over else ""),
+            len(self.over) - (0 in self.over) + done,  # 0: before the first cell
+            self.total,
+            self._end_text(),
+        )
 
     def _count(self) -> str:
         return f"cell {self.places[self.number]}/{self.total}"
 
-    def _left(self) -> str:
+    def _left(self, seconds: float | None) -> str:
         """Return `about 2 min left`, or `up to …` while the estimate rests on the limit of repetitions.
 
         Empty before anything is known and at the end.
         """
-        seconds = self.seconds_left()
         if seconds is None or (self.number in self.over and not self._later()):
             return ""
         return f"{'about' if self.seconds else 'up to'} {rough_duration(seconds)} left"
 
-    def _line(self) -> str:
-        """Return the line: count, name, stage and time left, cut to the terminal's width, the name first."""
-        count = self._count() if self.number else ""
-        others = [part for part in (count, self.doing, self._left()) if part]
-        name = _cut(self.name, max(self._room() - sum(_columns(part) + 3 for part in others), SHORTEST_NAME))
-        return _cut(" · ".join(part for part in (*others[:1], name, *others[1:]) if part), self._room())
+    def _end_text(self) -> str:
+        """Return the time left, and the time of day at which it ends, if that is not soon."""
+        seconds = self.seconds_left()
+        left = self._left(seconds)
+        if not left or seconds is None or seconds < SHORT_S:
+            return left
+        minutes = -(-(self.wall() + seconds) // 60)  # rounded up, as the time left is
+        return f"{left}, until {time.strftime('%H:%M', time.localtime(60 * minutes))}"
 
-    def _room(self) -> int:
-        """Return one column less than the terminal has, because some terminals wrap at the last one."""
-        return max(_terminal_columns(self.stream) - 1, 1)
-
-    def _erased(self) -> str:
-        return f"\r{' ' * min(self.shown, self._room())}\r" if self.shown else ""
-
-    def _write(self, text: str, line: str = "") -> None:
-        """Write and flush; `line` is the line then on the terminal."""
+    def _write(self, text: str) -> None:
+        """Write and flush."""
         if self.stream is None:
             return
         try:
@@ -247,7 +284,6 @@ class Progress:
             self.stream.flush()
         except (OSError, ValueError):  # a closed pipe, a closed file, a character that the stream cannot encode
             self.stream = None
-        self.shown = _columns(line)
 
 
 def duration(seconds: float) -> str:
@@ -273,36 +309,6 @@ def rough_duration(seconds: float) -> str:
     return f"{tens // 60} h {tens % 60} min" if tens % 60 else f"{tens // 60} h"
 
 
-def _terminal_columns(stream: TextIO | None) -> int:
-    """Return the width of the stream's terminal; if it has none, that of the environment or of standard output."""
-    try:
-        own = os.get_terminal_size(stream.fileno()).columns if stream else 0
-    except (OSError, ValueError, AttributeError):
-        own = 0
-    return own or shutil.get_terminal_size().columns
-
-
-def _columns(text: str) -> int:
-    """Return the columns that a text takes: East Asian wide characters take two, combining marks none."""
-    return len(text) if text.isascii() else sum(map(_width, text))
-
-
-def _width(character: str) -> int:
-    return 0 if unicodedata.combining(character) else 2 if unicodedata.east_asian_width(character) in "WF" else 1
-
-
-def _cut(text: str, room: int) -> str:
-    """Return the text, its end replaced by `…` if it takes more than `room` columns."""
-    used = kept = 0  # columns so far; characters that still leave a column for the `…`
-    for position, character in enumerate(text):
-        used += _width(character)
-        if used > room:
-            return f"{text[:kept]}…"
-        if used < room:
-            kept = position + 1
-    return text
-
-
 class ProgressListener(Protocol):
     """Receiver of a sweep's progress, such as `progress.Progress`."""
 
@@ -314,6 +320,9 @@ class ProgressListener(Protocol):
 
     def event(self, event: Event) -> None:
         """Handle an event of a worker or of its group; its classes are in `measure.events`."""
+
+    def row(self, name: str, row: Row) -> None:
+        """Announce the figures of a cell: as soon as it is measured, and again with all that its group brings."""
 
     def note(self, text: str) -> None:
         """Show a line to the user."""
@@ -332,6 +341,9 @@ class NullListener:
         """Do nothing."""
 
     def event(self, event: Event) -> None:
+        """Do nothing."""
+
+    def row(self, name: str, row: Row) -> None:
         """Do nothing."""
 
     def note(self, text: str) -> None:

@@ -65,6 +65,7 @@ EXAMPLES: Sequence[Event] = (
     events.EvaluationBegun("digest"),
     events.ScoringProgress(1, 3),
     events.ScoringProgress(7),
+    events.Waited(),
     events.TextScored(TextScores("t", 9, 4, 2, ((0.5, 0.25),))),
     events.WorkloadCompared("qa", Divergence("r", "d", ((0.1,),), ((True,),))),
     events.TaskScored("arc", (TaskScore("arc", "acc", 0.5, None, 10, "1.0"),)),
