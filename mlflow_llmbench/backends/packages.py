@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import re
 
+from ..records.installation import pip_install
 from ..records.quantizations import LIBRARIES, QUANTIZATIONS, SCHEMES, Library
 
 NEEDED = {
@@ -43,10 +44,10 @@ def _gives(library: Library) -> str:
 
 
 OPTIONAL = (
-    *((one.packages, _gives(one), one.install) for one in LIBRARIES if _gives(one)),
-    (("gguf",), "models in .gguf files", "pip install gguf"),
+    *((one.packages, _gives(one)) for one in LIBRARIES if _gives(one)),
+    (("gguf",), "models in .gguf files"),
 )
-"""Packages, features that they add, and install commands."""
+"""Packages, and features that they add."""
 
 
 def version(package: str) -> str | None:
@@ -74,7 +75,7 @@ def warnings_of_versions() -> list[str]:
     """Return one line for each installed package that is below its floor."""
     olds = {name: old for name in FLOORS if (old := below_floor(name, version(name) or FLOORS[name][0]))}
     return [
-        f"{name} {old}. Run: pip install '{name}{','.join(filter(None, NEEDED[name]))}'" for name, old in olds.items()
+        f"{name} {old}. Run: {pip_install(name + ','.join(filter(None, NEEDED[name])))}" for name, old in olds.items()
     ]
 
 

@@ -118,7 +118,10 @@ class _Page:
 
     def options(self, options: Iterable[Option]) -> None:
         """Write options or arguments."""
-        self.rows(("" if one.positional else one.name, _called(one), one.help) for one in options)
+        self.rows(
+            ("" if one.positional else ", ".join(filter(None, [one.name, one.short])), _called(one), one.help)
+            for one in options
+        )
 
     def rows(self, rows: Iterable[tuple[str, str, str]], left: int = LEFT) -> None:
         """Write names with their metavars on the left, help on the right."""

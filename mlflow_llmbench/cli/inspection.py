@@ -68,6 +68,7 @@ def models(json: bool) -> int:
 @command(
     "doctor",
     "say what this machine can run, and what is missing",
+    Option("--verbose", "show every item, with advice for what is missing", flag=True, short="-v"),
     ONLY_JSON,
     Option(
         "--worker-python",
@@ -75,19 +76,20 @@ def models(json: bool) -> int:
         "PATH",
         optional=True,
     ),
-    examples=("doctor", "doctor --worker-python ~/envs/vllm/bin/python"),
+    examples=("doctor -v", "doctor --worker-python ~/envs/vllm/bin/python"),
 )
-def doctor(json: bool, worker_python: str | None) -> int:
+def doctor(verbose: bool, json: bool, worker_python: str | None) -> int:
     """Print the report."""
     from ..records.codec import to_json
-    from ..reports.doctor import format_items, format_report
+    from ..reports.doctor import format_items, format_report, format_summary
     from ..workflows import doctor
 
     report = doctor.examine_worker(worker_python) if worker_python else doctor.examine()
     if json:
         print_json(to_json(report), ensure_ascii=True)
     else:
-        print(format_items(report.items) if worker_python else format_report(report.items))
+        written = format_items if worker_python else format_report if verbose else format_summary
+        print(written(report.items))
     return 0
 
 

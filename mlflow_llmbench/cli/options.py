@@ -65,7 +65,8 @@ class Option:
 
     `flag`: takes no value. `switch`: takes true or false, and no value means true. `many`: one or more positional
     values, or an option that can be repeated. `optional`: `none` means that it is not given. `key`: name of the
-    argument of the command's function. `entry_name`: name of a positional value as parameter of the MLproject.
+    argument of the command's function. `short`: a second name of one letter. `entry_name`: name of a positional value
+    as parameter of the MLproject.
     `words`: known values. `listed`: takes several, separated by commas. `panel`: key of `PANELS`, "" for an option of
     its own command.
     """
@@ -81,6 +82,7 @@ class Option:
     many: bool = False
     optional: bool = False
     key: str = ""
+    short: str = ""
     entry_name: str = ""
     words: tuple[str, ...] = ()
     listed: bool = False

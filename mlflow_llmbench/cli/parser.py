@@ -141,7 +141,8 @@ def _parameter(option: Option) -> click.Parameter:
             [option.argument], nargs=-1 if option.many else 1, required=True, metavar=metavar, **settings
         )
     if option.flag:
-        return click.Option([option.name, option.argument], is_flag=True, help=option.help)
+        names = [*filter(None, [option.short, option.name]), option.argument]
+        return click.Option(names, is_flag=True, help=option.help)
     settings |= {"help": option.help, "metavar": option.metavar}
     if option.many:
         settings |= {"multiple": True}

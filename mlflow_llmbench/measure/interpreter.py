@@ -138,10 +138,7 @@ def ask_doctor(python: str) -> list[dict[str, Any]]:
     if not answer:
         raise MeasurementError(f"worker_python={python} cannot be examined: {problem}.")
     items: list[dict[str, Any]] = json.loads(answer)
-    return [
-        item | {"advice": item["advice"] and re.sub(r"(?<!/)pip install", lambda _: pip(python), item["advice"])}
-        for item in items
-    ]
+    return [item | {"advice": item["advice"] and _with_its_pip(python, item["advice"])} for item in items]
 
 
 def try_import(python: str, backend: str) -> str:
@@ -204,6 +201,11 @@ def pip(python: str) -> str:
     return f"{shlex.quote(python)} -m pip install"
 
 
+def _with_its_pip(python: str, text: str) -> str:
+    """Return a text with the pip of an interpreter in its commands, unless they name one already."""
+    return re.sub(r"(?<!/)(?<!-m )(?<!uv )pip install", lambda _: pip(python), text)
+
+
 def resolve(cell: Cell) -> ModelFacts:
     """Resolve the cell's model by its backend, in the interpreter that will run it.
 
@@ -229,7 +231,7 @@ def resolve(cell: Cell) -> ModelFacts:
 def _error(python: str, kind: str, message: str) -> LlmbenchError:
     known = getattr(errors, kind, MeasurementError)
     if known is MissingError:
-        return MissingError(f"worker_python={python}: {message.replace('pip install', pip(python))}")
+        return MissingError(f"worker_python={python}: {_with_its_pip(python, message)}")
     return known(message) if isinstance(known, type) and issubclass(known, LlmbenchError) else MeasurementError(message)
 
 

@@ -13,6 +13,7 @@ from ..config.choices import DECODES
 from ..records.backends import capabilities_of, known_backends
 from ..records.cell import Cell
 from ..records.errors import MissingError, UsageError, first_line
+from ..records.installation import pip_install
 from ..records.quantizations import QUANTIZATIONS, SCHEMES, install_command
 from ..system import machine
 from . import interpreter
@@ -55,7 +56,7 @@ def _guarded(section: str, name: str, check: Callable[[], Iterable[Item]]) -> li
 def package_item(name: str, installed: str | None) -> Item:
     """Return the item of a required package; `installed` is its version, None if it is not installed."""
     wanted = ",".join(filter(None, NEEDED[name]))
-    install = f"Run: pip install '{name}{wanted}'" if wanted else f"Run: pip install {name}"
+    install = f"Run: {pip_install(name + wanted)}"
     if installed is None:
         return Item("Software", name, "missing", "not installed", install, needed=True)
     if not is_written_for(name, installed):
@@ -129,12 +130,12 @@ def _missing(section: str, name: str, sentences: str) -> Item:
 
 def optional_items() -> Iterator[Item]:
     """Yield the optional packages and what each of them gives."""
-    for packages, gives, command in OPTIONAL:
+    for packages, gives in OPTIONAL:
         versions = {package: version(package) for package in packages}
         lacking = [package for package, found in versions.items() if found is None]
         name = " + ".join(packages)
         if lacking:
-            yield Item("Optional", name, "missing", f"gives {gives}", f"Run: {command}")
+            yield Item("Optional", name, "missing", f"gives {gives}", f"Run: {install_command(packages[0])}")
         else:
             yield Item(
                 "Optional",

@@ -160,7 +160,7 @@ ENERGY = Metric(
     "efficiency", "joules_per_token", "energy above idle ÷ output tokens, where a counter exists",
     "J", ("",), "lower", "energy per token",
     places=(Tag(140), Goal(40, name="energy",
-                           advice="It needs an energy counter; `llmbench doctor` says why there is none.")))
+                           advice="It needs an energy counter; `llmbench doctor -v` says why there is none.")))
 PADDING_WASTE = Metric(
     "efficiency", "padding_waste_ratio",
     "stream batched in process: 1 − Σ (P + N − 1) over requests ÷ token positions computed, including padding "

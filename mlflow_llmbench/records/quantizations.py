@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from .installation import of_extra, pip_install
+
 Recipe = Mapping[str, Any]
 """Data that a library is given to quantize. `backends.huggingface.recipe` describes the forms that the load reads.
 
@@ -29,7 +31,7 @@ class Library:
 
     - `method`: transformers' `quant_method`
     - `packages`: names of the distributions
-    - `extra`: our extra that installs them; empty: `pip install PACKAGE`. `remark`: words after that command
+    - `extra`: our extra that installs them; empty: they need none. `remark`: words after the command that installs them
     - `gives`: features besides its schemes
     - `ready`: packages with which transformers loads a checkpoint that is quantized already
     - `packed`: such a checkpoint takes as much memory as its files
@@ -49,8 +51,7 @@ class Library:
     @property
     def install(self) -> str:
         """The command that installs its packages."""
-        what = f"'mlflow-llmbench[{self.extra}]'" if self.extra else " ".join(self.packages)
-        return f"pip install {what}{self.remark}"
+        return pip_install(*(of_extra(self.extra, *self.packages) if self.extra else self.packages)) + self.remark
 
 
 @dataclass(frozen=True)
@@ -389,7 +390,7 @@ def library_of_method(method: object) -> Library | None:
 
 def install_command(package: str) -> str:
     """Return the command that installs a package of a library, or any other package."""
-    return next((library.install for library in LIBRARIES if package in library.packages), f"pip install {package}")
+    return next((library.install for library in LIBRARIES if package in library.packages), pip_install(package))
 
 
 def listed() -> str:

@@ -45,6 +45,7 @@ from ..records.errors import (
     UsageError,
     first_line,
 )
+from ..records.installation import of_extra, pip_install
 from ..system import machine
 from ..system.estimate import AvailableMemory
 from .executor import MachineFacts, NextCell, OnEvent, OnPause
@@ -118,7 +119,7 @@ def connect(options: Options, device: str, warn: Callable[[str], None]) -> RayEx
         import ray
     except ImportError:
         raise MissingError(
-            f"on={options.on} needs Ray, which is not installed. Run: pip install 'mlflow-llmbench[ray]'"
+            f"on={options.on} needs Ray, which is not installed. Run: {pip_install(*of_extra('ray', 'ray[client]'))}"
         ) from None
     if ray.is_initialized():
         raise UsageError(

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..records.errors import LlmbenchError, StoreAway, TrackingError, UsageError, first_line
+from ..records.installation import pip_install
 from ..records.redaction import CONTROLS, redact
 from .client import guarded_client
 
@@ -246,7 +247,7 @@ def _explained(address: str, error: Exception) -> str:
             "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, to those of the server."
         )
     if isinstance(error, ModuleNotFoundError):
-        return f"{store} the package {error.name} is not installed. Run: pip install {error.name}"
+        return f"{store} the package {error.name} is not installed. Run: {pip_install(str(error.name))}"
     # mlflow wraps urllib3, which wraps the system; the innermost sentence is the most helpful.
     inner = re.findall(KNOWN_REASONS, said)
     if not inner and any(word in said for word in ("Please ", "please ", "set `", "MLFLOW_", "Supported URI")):

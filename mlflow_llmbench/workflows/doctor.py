@@ -25,6 +25,7 @@ from ..measure import interpreter
 from ..measure.runtime import Item, _guarded, optional_items, package_item, runtime_items
 from ..records.backends import recorded_capabilities
 from ..records.environment import GPU_RUNTIME
+from ..records.installation import pip_install
 from ..records.invocation import command_text
 from ..records.redaction import redact
 from ..records.text import plural
@@ -177,7 +178,7 @@ def gpu_items(gpus: Sequence[Mapping[str, Any]], reader: bool) -> Iterator[Item]
     """Yield the NVIDIA GPUs; `reader` is True if the package that reads them (nvidia-ml-py) is installed."""
     if not reader:
         why = "not checked: the package nvidia-ml-py is not installed"
-        yield Item("Machine", "GPU", "missing", why, "Run: pip install nvidia-ml-py")
+        yield Item("Machine", "GPU", "missing", why, f"Run: {pip_install('nvidia-ml-py')}")
     elif not gpus:
         advice = (
             "Models run on the CPU. If there is a GPU, `nvidia-smi` must show it: install the driver, "
@@ -267,7 +268,10 @@ def torch_item(gpus: Sequence[Mapping[str, Any]], command: Sequence[str] = (), s
     """
     answer, problem = _ask(command or code_command(sys.executable, ASK_TORCH), seconds)
     if not answer:
-        again = "Try `python -c 'import torch'`. To reinstall it, run: pip install --force-reinstall 'torch>=2.6'"
+        again = (
+            f"Try `{sys.executable} -c 'import torch'`. To reinstall it, "
+            f"run: {pip_install('--force-reinstall', 'torch>=2.6')}"
+        )
         return Item("Software", "torch runs", "missing", problem, again, needed=True)
     data = json.loads(answer)
     data["device"] = "cuda" if data["cuda"] and gpus else "cpu"
@@ -275,7 +279,7 @@ def torch_item(gpus: Sequence[Mapping[str, Any]], command: Sequence[str] = (), s
     if data["cuda"]:
         found = f"CUDA {data['built_for']} works: {', '.join(data['devices'])}"
         if not gpus:
-            advice = "device=cuda also needs the driver's answer through NVML. Run: pip install nvidia-ml-py"
+            advice = f"device=cuda also needs the driver's answer through NVML. Run: {pip_install('nvidia-ml-py')}"
     elif not gpus:
         found = "on the CPU"
     elif data["built_for"] is None:

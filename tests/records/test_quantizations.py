@@ -81,7 +81,7 @@ def test_the_libraries_are_what_they_were() -> None:
     assert {library.method for library in LIBRARIES if library.packed} >= set(BEFORE["packed"])
     assert {one.method: sorted(one.ready) for one in LIBRARIES if one.ready}.items() >= BEFORE["ready"].items()
     assert {package: install_command(package) for package in BEFORE["install"]} == BEFORE["install"]
-    assert {package for packages, _, _ in OPTIONAL for package in packages} >= set(BEFORE["install"])
+    assert {package for packages, _ in OPTIONAL for package in packages} >= set(BEFORE["install"])
     assert set(machine.PACKAGES) >= set(BEFORE["fingerprint"])
     assert {name: [parameter, list(values)] for name, (parameter, values) in DEPENDS_ON.items()}.items() >= BEFORE[
         "meant_with"

@@ -410,7 +410,7 @@ def test_a_gpu_that_no_node_has_is_told_before_anything_starts(nodes: Nodes, sto
 def test_without_ray_the_command_to_install_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(
-        MissingError, match=r"on=ray needs Ray, which is not installed. Run: pip install 'mlflow-llmbench\[ray\]'"
+        MissingError, match=r"on=ray needs Ray, which is not installed. Run: pip install 'ray\[client\]>=2.40'"
     ):
         fake()
 

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from mlflow_llmbench.backends.packages import NEEDED, OPTIONAL, version
+from mlflow_llmbench.backends.packages import NEEDED, version
 from mlflow_llmbench.measure import runtime
 from mlflow_llmbench.measure.runtime import Item
 from mlflow_llmbench.records.backends import known_backends
 from mlflow_llmbench.records.codec import from_json, to_json
-from mlflow_llmbench.records.quantizations import QUANTIZATIONS
-from mlflow_llmbench.reports.doctor import format_report
+from mlflow_llmbench.records.quantizations import LIBRARIES, QUANTIZATIONS
+from mlflow_llmbench.reports.doctor import format_report, format_summary
 from mlflow_llmbench.workflows import doctor
 from mlflow_llmbench.workflows.doctor import Report
 from tests.servers import serving
@@ -68,7 +68,19 @@ def test_a_report_of_a_machine_that_cannot_measure() -> None:
         False,
         (*REPORT.items, Item("Software", "mlflow", "missing", "not installed", "Run: pip install mlflow", needed=True)),
     )
-    assert format_report(lacking.items).splitlines()[-1] == "Not ready: mlflow. See the advice above."
+    assert format_report(lacking.items).splitlines()[-1] == "Not ready. mlflow: not installed. Run: pip install mlflow"
+
+
+def test_a_summary_has_four_lines_and_the_verdict() -> None:
+    assert format_summary(REPORT.items) == (
+        "Machine   a CPU, 2 cores to use\n"
+        "Software\n"
+        "Runs      ; 1 of 2 quantizations\n"
+        "Missing   energy, 1 quantization\n"
+        "\n"
+        "Ready: models can be measured with device=cpu.\n"
+        "`llmbench doctor -v` shows everything, with the commands that install what is missing."
+    )
 
 
 def test_a_report_as_json() -> None:
@@ -236,9 +248,8 @@ def test_needed_versions_and_extras_are_those_of_the_project() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     for name, (low, below) in NEEDED.items():
         assert f'"{name}{",".join(filter(None, [low, below]))}"' in text
-    for _, _, command in OPTIONAL:
-        if "[" in command:
-            assert f"\n{command.partition('[')[2].partition(']')[0]} = [" in text
+    for library in LIBRARIES:
+        assert not library.extra or f"\n{library.extra} = [" in text
 
 
 def test_quantizations_without_their_packages() -> None:

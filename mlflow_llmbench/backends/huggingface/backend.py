@@ -17,6 +17,7 @@ from ...config import model_shape, training
 from ...config.choices import ATTENTIONS, DECODES
 from ...records.cell import Cell
 from ...records.errors import MeasurementError, MissingError, NotRealised, foreign_errors
+from ...records.installation import pip_install
 from ...records.mixed_plan import QuantPlan
 from ...records.quantizations import FLOAT_DTYPES, MIXED, SCHEMES, UNPACKED, schemes_of
 from ...records.results import LoadInfo, ModelFacts
@@ -77,7 +78,7 @@ class TransformersBackend:
             if importlib.util.find_spec(package) is None:
                 raise MissingError(
                     f"backend=transformers needs the package {package}, which is not installed. "
-                    "Run: pip install mlflow-llmbench"
+                    f"Run: {pip_install(package)}"
                 )
         quantization.require(cell)
         decoding.require(cell, machine.require_device(cell.device))

@@ -15,6 +15,7 @@ from typing import Any
 
 from ...records.cell import Cell
 from ...records.errors import MeasurementError, MissingError, NotRealised
+from ...records.installation import pip_install
 from ...records.quantizations import install_command
 from . import quantization
 from .inspection import stored_bytes
@@ -41,7 +42,8 @@ def require(cell: Cell, device: str) -> None:
     if cell.decode == "compiled" and device.startswith("cuda"):
         if importlib.util.find_spec("triton") is None:
             raise MissingError(
-                "decode=compiled needs the package triton on a GPU, which is not installed. Run: pip install triton"
+                "decode=compiled needs the package triton on a GPU, which is not installed. "
+                f"Run: {pip_install('triton')}"
             )
     elif cell.decode == "compiled":
         compiler = os.environ.get("CXX", "g++").split()[0]

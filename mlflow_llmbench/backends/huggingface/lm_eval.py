@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ...records.errors import MissingError, first_line
+from ...records.installation import of_extra, pip_install
 from ...records.results import TaskScore
 from ..base import Backend, HarnessBackend
 
@@ -26,7 +27,7 @@ def require() -> None:
     if importlib.util.find_spec("lm_eval") is None:
         raise MissingError(
             "quality_tasks needs the package lm_eval, which is not installed. "
-            "Run: pip install 'mlflow-llmbench[lm-eval]'"
+            f"Run: {pip_install(*of_extra('lm-eval', 'lm-eval'))}"
         )
 
 

@@ -19,6 +19,7 @@ from ...config import model_shape, models
 from ...config.backend_checks import check_declared
 from ...records.cell import Cell
 from ...records.errors import MeasurementError, NotRealised, UsageError
+from ...records.installation import pip_install
 from ...records.quantizations import FLOAT_DTYPES, GGUF_CACHES, SCHEMES, schemes_of
 from ...records.results import LoadInfo, ModelFacts
 from ...system import gpu, machine, memory
@@ -135,7 +136,7 @@ class LlamaCppBackend:
             raise NotRealised(
                 "This build of llama-cpp-python has no GPU support, so device=cuda cannot be used. Use device=cpu, "
                 "or build it again: "
-                "CMAKE_ARGS=-DGGML_CUDA=on pip install --force-reinstall --no-cache-dir llama-cpp-python"
+                f"CMAKE_ARGS=-DGGML_CUDA=on {pip_install('--force-reinstall', '--no-cache-dir', 'llama-cpp-python')}"
             )
         layers = -1 if self.cell.gpu_layers is None else self.cell.gpu_layers
         started = time.perf_counter()

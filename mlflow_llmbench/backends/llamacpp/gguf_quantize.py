@@ -24,7 +24,7 @@ from pathlib import Path
 from ...records import reading
 from ...records.cell import Cell
 from ...records.errors import MeasurementError, MissingError, ModelError, first_line
-from ...records.quantizations import SCHEMES
+from ...records.quantizations import SCHEMES, install_command
 from ...records.redaction import excerpt
 from ...records.results import ModelFacts, hash16
 from ...system import machine
@@ -43,8 +43,7 @@ def require() -> None:
     """Raise MissingError unless llama-cpp-python is installed."""
     if importlib.util.find_spec("llama_cpp") is None:
         raise MissingError(
-            f"backend=llama_cpp needs the package {PACKAGE}, which is not installed. Run: pip install "
-            "'mlflow-llmbench[gguf]' (it compiles llama.cpp, which needs a C++ compiler and some minutes)."
+            f"backend=llama_cpp needs the package {PACKAGE}, which is not installed. Run: {install_command(PACKAGE)}."
         )
 
 

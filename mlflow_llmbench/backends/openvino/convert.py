@@ -21,6 +21,7 @@ from typing import Any
 from ...records import reading
 from ...records.cell import Cell
 from ...records.errors import MissingError, ModelError, first_line
+from ...records.installation import pip_install
 from ...records.results import ModelFacts, hash16
 from ...system import machine
 from ..huggingface import recipe
@@ -82,7 +83,7 @@ def require(cell: Cell, model: ModelFacts) -> None:
     if not is_made(cell, model) and version("optimum-intel") is None:
         raise MissingError(
             f"Converting {cell.model} to an OpenVINO model needs optimum-intel, which is not installed. "
-            "Run: pip install optimum-intel"
+            f"Run: {pip_install('optimum-intel')}"
         )
 
 

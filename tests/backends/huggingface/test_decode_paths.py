@@ -219,7 +219,7 @@ def test_what_a_decode_path_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(
         MissingError,
         match=r"kv_cache=int4 needs the package optimum-quanto, .* "
-        r"Run: pip install 'mlflow-llmbench\[quanto\]'; kv_cache=fp8",
+        r"Run: pip install 'optimum-quanto>=0.2.7'; kv_cache=fp8",
     ):
         decoding.require(Cell(kv_cache="int4"), "cpu")
     with pytest.raises(MissingError, match=r"kv_cache=int8 needs the package hqq"):

@@ -115,7 +115,7 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantization, "installed", lambda name: False)
     with pytest.raises(
         MissingError,
-        match=r"needs the package optimum, which is not installed\. Run: pip install 'mlflow-llmbench\[gptq\]'",
+        match=r"needs the package optimum, which is not installed\. Run: pip install 'gptqmodel>=7.0' 'optimum>=2.0'",
     ):
         quantization.require(Cell(quant="gptq"))
     monkeypatch.setattr(quantization, "installed", lambda name: True)

@@ -100,7 +100,7 @@ def test_without_the_package_nothing_starts(monkeypatch: pytest.MonkeyPatch, sto
     with pytest.raises(
         MissingError,
         match=r"quality_tasks needs the package lm_eval, which is not installed. "
-        r"Run: pip install 'mlflow-llmbench\[lm-eval\]'",
+        r"Run: pip install 'lm-eval>=0.4.9'",
     ):
         run(model="fake:", backend="fake", quality_tasks="arc_easy")
 

@@ -150,7 +150,7 @@ def test_what_a_ready_checkpoint_needs_is_named(
     )
     wanted = (
         rf"ready is quantized with {method}, and loading it needs the package {package}, which is not installed\. "
-        r"Run: pip install 'mlflow-llmbench\[gptq\]'"
+        r"Run: pip install 'gptqmodel>=7.0' 'optimum>=2.0'"
     )
     with pytest.raises(MissingError, match=wanted):
         TransformersBackend.resolve(Cell(model=str(tmp_path / "ready"), device="cpu"))

@@ -191,7 +191,7 @@ def test_without_the_package_the_line_says_how_to_get_it(tiny_gguf: Path, monkey
     monkeypatch.setattr(gguf_quantize.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         MissingError,
-        match=r"backend=llama_cpp needs the package llama-cpp-python.* pip install 'mlflow-llmbench\[gguf\]'",
+        match=r"backend=llama_cpp needs the package llama-cpp-python.* pip install 'llama-cpp-python>=0.3.36'",
     ):
         LlamaCppBackend.resolve(Cell(model=str(tiny_gguf), backend="llama_cpp"))
 
