@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
@@ -13,21 +14,32 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-os.environ.update(HF_HUB_OFFLINE="1", MLFLOW_DISABLE_TELEMETRY="true", TOKENIZERS_PARALLELISM="false")
+os.environ.update(
+    HF_HUB_OFFLINE="1", MLFLOW_DISABLE_TELEMETRY="true", TOKENIZERS_PARALLELISM="false", LLMBENCH_CHARTS="0",
+    OMP_NUM_THREADS="1",  # two tests run at a time; workers have the number of their cells
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
-def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+def clean_environment(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[None]:
     """Run each test in its own folder, without an outside MLflow run or store, and restore the environment variables.
 
-    GPTQModel moves the Hub's cache by variables that it sets when it is imported.
+    Commands draw charts only in tests marked `charts`: drawing takes most of the time of a fake sweep. GPTQModel moves
+    the Hub's cache by variables that it sets when it is imported.
     """
+    if len(gc.get_objects(generation=2)) > 200_000:  # of loaded modules, which make each collection take 0.3 s
+        gc.collect()
+        gc.freeze()  # until the next measurement in this process, which ends by gc.unfreeze
     before = set(os.environ)
     # The pip of this environment comes first, as in one that is activated: messages then name `pip` alone.
     monkeypatch.setenv("PATH", os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")]))
     for name in list(os.environ):
         if name.startswith("MLFLOW_") and name != "MLFLOW_DISABLE_TELEMETRY":
             monkeypatch.delenv(name)
+    if request.node.get_closest_marker("charts"):
+        monkeypatch.delenv("LLMBENCH_CHARTS", raising=False)
     monkeypatch.chdir(tmp_path)
     yield
     for name in set(os.environ) - before:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..analysis.comparison import Comparison
+from ..analysis.decisions.recommend import Recommendation
 from ..analysis.scaling.findings import Findings
 from ..analysis.scaling.study import ScalingStudy
 from ..analysis.summary import summarize
@@ -16,9 +18,9 @@ from ..records.backends import recorded_capabilities
 from ..records.cell import list_text
 from ..records.redaction import redact_all
 from ..records.results import RunResult
-from . import html, mixed_plan, sweep
+from . import html, mixed_plan, recommendation, sweep
 from . import study as study_reports
-from .charts.catalogue import draw_charts
+from .charts.catalogue import DrawnCharts, Subject, draw_charts
 from .charts.figure_data import figure_data
 from .charts.sweep import SweepPoints
 from .comparison import comparison_json, comparison_markdown
@@ -62,7 +64,13 @@ def write_cell(result: RunResult, folder: Path) -> None:
 
 def draw_cell(result: RunResult, folder: Path) -> list[Path]:
     """Draw the charts of one cell; return the files."""
-    return list(draw_charts("cell", result, folder).files)
+    return list(_draw("cell", result, folder).files)
+
+
+def _draw(subject: Subject, data: object, folder: Path) -> DrawnCharts:
+    """Draw the charts of a subject, or none with LLMBENCH_CHARTS=0."""
+    off = os.environ.get("LLMBENCH_CHARTS", "").strip().lower() in ("0", "false", "no", "off")
+    return DrawnCharts((), ()) if off else draw_charts(subject, data, folder)
 
 
 def parameters_of(result: RunResult) -> dict[str, str]:
@@ -112,7 +120,7 @@ def write_sweep(measured: Sequence[tuple[Row, str]], subject: sweep.Subject, fol
     write_json(folder / "tables" / "comparison.json", split_table(heading, body))
     if draw:
         points = [(row.cell, row.metrics) for row in sweep.drawable(rows)]
-        draw_charts("sweep", SweepPoints(points, subject.spec.options.attainment), folder / "charts")
+        _draw("sweep", SweepPoints(points, subject.spec.options.attainment), folder / "charts")
     pictures = sorted((folder / "charts").glob("*.svg"), key=lambda path: (path.stem != "overview", path.stem))
     told = sweep.overview(measured, subject)
     write_text(folder / "report.md", sweep.overview_markdown(told, [f"charts/{path.name}" for path in pictures]))
@@ -126,7 +134,17 @@ def write_comparisons(comparisons: Sequence[Comparison], folder: Path) -> None:
     """
     write_text(folder / "comparison.md", "\n".join(map(comparison_markdown, comparisons)))
     write_json(folder / "comparison.json", list(map(comparison_json, comparisons)))
-    draw_charts("comparisons", comparisons, folder / "charts")
+    _draw("comparisons", comparisons, folder / "charts")
+
+
+def write_recommendation(found: Recommendation, folder: Path) -> None:
+    """Write recommendation.json, recommendation.md and the chart of a recommendation into `folder`.
+
+    Raises JournalError.
+    """
+    write_json(folder / "recommendation.json", recommendation.recommendation_json(found))
+    write_text(folder / "recommendation.md", recommendation.recommendation_markdown(found))
+    _draw("recommendation", found, folder / "charts")
 
 
 def write_scaling(study: ScalingStudy, folder: Path) -> list[Path]:
@@ -134,7 +152,7 @@ def write_scaling(study: ScalingStudy, folder: Path) -> list[Path]:
 
     Raises JournalError, for example when the disk is full.
     """
-    drawn = draw_charts("scaling", study, folder / "charts").files
+    drawn = _draw("scaling", study, folder / "charts").files
     write_json(folder / "scaling.json", scaling_json(study))
     shown = [f"charts/{file.name}" for file in drawn if file.suffix == ".svg"]
     write_text(folder / "scaling.md", scaling_markdown(study, shown))
@@ -148,7 +166,7 @@ def write_study(found: Findings, folder: Path) -> list[Path]:
     """
     home = folder / "study"
     scaled = write_scaling(found.scaling, folder / "scaling")
-    figures = draw_charts("study", figure_data(found), home / "charts")
+    figures = _draw("study", figure_data(found), home / "charts")
     drawn = Drawn(
         {file.stem: (file.read_bytes(), f"charts/{file.name}") for file in figures.files if file.suffix == ".svg"},
         {file.stem: (file.read_bytes(), f"../scaling/charts/{file.name}") for file in scaled if file.suffix == ".svg"},

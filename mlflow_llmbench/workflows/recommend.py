@@ -10,9 +10,7 @@ from pathlib import Path
 from ..analysis.decisions import recommend as analysis
 from ..analysis.decisions.candidates import Limit
 from ..analysis.decisions.recommend import Recommendation
-from ..measure.journal import write_json, write_text
-from ..reports import recommendation
-from ..reports.charts.catalogue import draw_charts
+from ..reports import artifacts
 from ..system import calibrations
 from ..tracking import registry
 from ..tracking.load_results import load_all
@@ -58,9 +56,7 @@ def recommend(
     sweep = (found.winner.result if found.winner else results[0]).sweep
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(output or scratch)
-        write_json(folder / "recommendation.json", recommendation.recommendation_json(found))
-        write_text(folder / "recommendation.md", recommendation.recommendation_markdown(found))
-        draw_charts("recommendation", found, folder / "charts")
+        artifacts.write_recommendation(found, folder)
         store = open_store(tracking_uri)
         parent = registry.parent_of_sweep(store, sweep)
         for run_id in filter(None, (parent, store.given_run_id)):

@@ -171,6 +171,7 @@ def test_a_search_that_one_user_alone_ends(store_uri: str, capsys: pytest.Captur
     assert not any("goodput/limit_requests_per_s" in one.data.metrics for one in runs)
 
 
+@pytest.mark.charts
 @pytest.mark.slow
 def test_a_search_is_runs_in_mlflow(store_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two requests at once take 40 ms each, so above 50 per second the queue grows."""

@@ -390,6 +390,7 @@ def test_a_backend_without_logits_says_so_and_has_no_figure(store_uri: str) -> N
     assert "which gives no logits" in found.data.tags["mlflow.note.content"]
 
 
+@pytest.mark.charts
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_sweep_measures_quality_beside_speed(

@@ -35,6 +35,7 @@ def test_every_kind_of_reference_leads_to_the_same_results(sweep: SweepResult) -
     assert load_results(str(sweep.folder / one.hashes.config / "artifacts")) == [one]
 
 
+@pytest.mark.charts
 def test_the_sentence_the_table_and_the_artifacts(
     sweep: SweepResult, store_uri: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -56,6 +57,7 @@ def test_the_sentence_the_table_and_the_artifacts(
     assert lines[0] in Path(client.download_artifacts(one, "comparison/comparison.md", ".")).read_text()
 
 
+@pytest.mark.charts
 def test_files_of_a_comparison_beside_what_is_there(
     sweep: SweepResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

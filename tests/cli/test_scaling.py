@@ -34,6 +34,7 @@ def sweep(store: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tupl
     mlflow.set_tracking_uri(None)
 
 
+@pytest.mark.charts
 def test_known_delays_come_back(
     sweep: tuple[Path, str], store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

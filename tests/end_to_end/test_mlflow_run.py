@@ -39,6 +39,7 @@ def test_a_single_configuration_is_the_projects_own_run(store_uri: str, tmp_path
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.charts
 def test_a_list_makes_the_projects_run_the_parent(store_uri: str, tmp_path: Path, tiny_model: Path) -> None:
     done = mlflow_run(store_uri, tmp_path, model=str(tiny_model), quant="fp32,bf16", **SHORT)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -100,6 +100,7 @@ def test_names_that_no_run_may_have(
     assert tree(outside) == before
 
 
+@pytest.mark.charts
 @pytest.mark.slow
 def test_as_models_that_run(outside: Path, capsys: pytest.CaptureFixture[str], store_uri: str) -> None:
     """The fake backend accepts any name, so the name appears in every name and file of a run."""

@@ -128,6 +128,7 @@ def test_an_old_folder_uploads_to_the_runs_that_it_had(old: Path, fresh_uri: str
         assert other.data.tags.items() >= tags.items()
 
 
+@pytest.mark.charts
 def test_what_a_killed_command_had_measured_is_recovered_from_its_journal(old: Path, fresh_uri: str) -> None:
     folder = old / "llmbench-results" / KILLED
     assert not list(folder.glob("*/artifacts"))

@@ -208,6 +208,7 @@ def test_there_are_at_least_twenty() -> None:
     assert len(CANARIES) >= 20
 
 
+@pytest.mark.charts
 def test_planted_secrets_are_found_nowhere(
     store_uri: str,
     tmp_path: Path,
@@ -291,6 +292,7 @@ def test_a_worker_is_started_without_them(store_uri: str, tmp_path: Path, plante
         }
 
 
+@pytest.mark.charts
 def test_what_a_killed_command_left_is_masked_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_TOKEN", "canary-25-killed")
     (tmp_path / "sweep" / "cell").mkdir(parents=True)

@@ -352,6 +352,7 @@ def test_an_answer_of_another_length_than_asked_is_invalid() -> None:
 # The whole way
 
 
+@pytest.mark.charts
 def test_a_sweep_over_ways_of_batching_is_runs_in_mlflow(store_uri: str, tmp_path: Path) -> None:
     arguments = "run --backend fake --model fake:ttft_ms=6+itl_ms=2 --workload mixed".split()
     arguments += "--prompt-tokens 16 --output-tokens 8".split()

@@ -410,6 +410,7 @@ def test_runs_are_text_and_links_where_the_ui_has_an_address(ui: str, linked: st
     assert "secret" not in text + sweep.overview_markdown(told([row("int4", 1, 5)], ui=ui))
 
 
+@pytest.mark.charts
 def test_the_parent_holds_the_report_and_a_late_upload_names_its_own_runs(
     store_uri: str, store_template: Path, tmp_path: Path
 ) -> None:

@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
@@ -19,8 +18,6 @@ from mlflow_llmbench import run
 from mlflow_llmbench.measure import journal
 from mlflow_llmbench.measure.events import CellBegun, CellCompleted, Event
 from mlflow_llmbench.records.results import RunResult
-from mlflow_llmbench.reports import artifacts
-from mlflow_llmbench.reports.charts.catalogue import DrawnCharts
 from mlflow_llmbench.sweeps.progress import NullListener
 from mlflow_llmbench.sweeps.sweep import SweepResult
 from mlflow_llmbench.sweeps.upload import upload
@@ -28,12 +25,6 @@ from mlflow_llmbench.system import memory
 
 ROOT = Path(__file__).resolve().parents[2]
 CELL = {"backend": "fake", "output_tokens": 6, "prompt_tokens": 4, "repetitions": 5, "warmup": 1}
-
-
-@pytest.fixture(autouse=True)
-def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw nothing, which takes most of the time of a command and is not looked at here."""
-    monkeypatch.setattr(artifacts, "draw_charts", lambda *_: DrawnCharts((), ()))
 
 
 class Stopping(NullListener):

@@ -29,6 +29,7 @@ def fake(script: str = "ttft_ms=2+itl_ms=1", **parameters: Any) -> SweepResult:
     return run(model=f"fake:{script}", **(FAST | parameters))
 
 
+@pytest.mark.charts
 def test_one_cell_is_one_run_with_everything_in_it(store_uri: str) -> None:
     result = fake(price_per_hour=3.6)
     assert (result.outcome, result.exit_code, result.parent_id) == ("ok", 0, None)
@@ -72,6 +73,7 @@ def test_the_checker_of_the_vocabulary_finds_no_fault(store_uri: str) -> None:
     assert [f for f in faults if not f.endswith("param decode missing")] == []
 
 
+@pytest.mark.charts
 def test_a_sweep_is_a_parent_with_children_named_by_what_varies(store_uri: str) -> None:
     result = fake(batch_size="1,2", output_tokens=[6, 4])
     client = MlflowClient(store_uri)
@@ -102,6 +104,18 @@ def test_a_sweep_is_a_parent_with_children_named_by_what_varies(store_uri: str) 
     assert "quant" not in heading
     load_times = {runs[i].data.metrics["load/load_s"] for i in result.run_ids}
     assert len(load_times) == 1  # one load for all four cells
+
+
+def test_charts_are_left_out_where_they_are_switched_off(store_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMBENCH_CHARTS", "Off")
+    result = fake(batch_size="1,2")
+    assert (result.outcome, result.exit_code) == ("ok", 0)
+    client = MlflowClient(store_uri)
+    for run_id in (*result.run_ids, result.parent_id):
+        files = {item.path for item in client.list_artifacts(str(run_id))}
+        assert "report.md" in files and "charts" not in files
+    assert not [path for path in result.folder.rglob("*") if path.suffix in (".svg", ".png")]
+    assert "![" not in (result.folder / "comparison" / "report.md").read_text()
 
 
 def test_raw_samples_carry_the_numbers(store_uri: str) -> None:

@@ -16,8 +16,6 @@ from mlflow_llmbench import run
 from mlflow_llmbench.cli.main import main
 from mlflow_llmbench.measure import journal
 from mlflow_llmbench.records.errors import JournalError
-from mlflow_llmbench.reports import artifacts
-from mlflow_llmbench.reports.charts.catalogue import DrawnCharts
 from mlflow_llmbench.sweeps.upload import upload
 
 CELL_NAME = "fake:ttft_ms=2+itl_ms=1"
@@ -122,12 +120,6 @@ def test_what_a_failing_store_cut_off_is_completed_not_doubled(
     assert upload(str(result.folder), store_uri).there == 1
 
 
-@pytest.fixture
-def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw nothing, which takes most of the time of a command and is not looked at here."""
-    monkeypatch.setattr(artifacts, "draw_charts", lambda *_: DrawnCharts((), ()))
-
-
 CALLS = [
     *(("1", call, 1) for call in ("create_run", "log_batch", "set_terminated")),
     *(("1,2", call, 3) for call in ("create_run", "log_artifacts", "set_tag", "set_terminated")),
@@ -137,7 +129,6 @@ CALLS = [
 """Batch sizes, a call of the store, and which of its uses is interrupted."""
 
 
-@pytest.mark.usefixtures("no_charts")
 @pytest.mark.parametrize(("batches", "call", "which"), CALLS)
 def test_an_interruption_at_any_call_of_the_store_loses_nothing(
     store_uri: str, monkeypatch: pytest.MonkeyPatch, call: str, batches: str, which: int
@@ -172,7 +163,6 @@ def test_an_interruption_at_any_call_of_the_store_loses_nothing(
     assert upload(str(result.folder), store_uri).there == len(found)
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_a_second_interruption_ends_the_upload_and_the_next_command_completes_it(
     store_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,16 +278,13 @@ DAMAGES: dict[str, tuple[tuple[Any, ...], Any]] = {
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a sweep that no store has: a cell for each damage, and two more."""
     folder = tmp_path_factory.mktemp("kept")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(artifacts, "draw_charts", lambda *_: DrawnCharts((), ()))
-        result = run(
-            model=CELL_NAME,
-            batch_size=[*range(1, len(DAMAGES) + 3)],
-            output_dir=str(folder),
-            tracking_uri="http://127.0.0.1:9",  # nobody answers there
-            **CELL,
-        )
-    (result.folder / "comparison" / "charts").mkdir(parents=True, exist_ok=True)  # so that an upload draws none
+    result = run(
+        model=CELL_NAME,
+        batch_size=[*range(1, len(DAMAGES) + 3)],
+        output_dir=str(folder),
+        tracking_uri="http://127.0.0.1:9",  # nobody answers there
+        **CELL,
+    )
     return result.folder
 
 
@@ -344,7 +331,6 @@ def test_damaged_results_are_named_in_a_line_each_and_the_other_cells_are_upload
 
 
 def test_a_damaged_result_does_not_stop_the_next_command(store_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(artifacts, "draw_charts", lambda *_: DrawnCharts((), ()))
     first = run(model=CELL_NAME, **CELL)
     [file] = first.folder.glob("*/artifacts/result.json")
     file.write_text(json.dumps({**json.loads(file.read_text()), "repetitions": "all of them"}))

@@ -20,6 +20,7 @@ def told(capsys: pytest.CaptureFixture[str]) -> tuple[list[str], dict[str, objec
     return lines, json.loads(last)
 
 
+@pytest.mark.charts
 def test_one_command_measures_and_studies_and_another_takes_it_in(
     store_uri: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

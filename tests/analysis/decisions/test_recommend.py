@@ -334,6 +334,7 @@ def test_the_chart_and_the_markdown(tmp_path: Path) -> None:
 FAST = {"backend": "fake", "output_tokens": 6, "prompt_tokens": 4, "repetitions": 5, "warmup": 1}
 
 
+@pytest.mark.charts
 def test_the_command_logs_the_answer_on_the_sweeps_parent(store_uri: str, capsys: pytest.CaptureFixture[str]) -> None:
     sweep = run(model="fake:ttft_ms=6+itl_ms=2+row_ms=0.2+memory_mb=8", batch_size="1,4", **FAST)
     arguments = [

@@ -320,6 +320,7 @@ def test_the_report_says_the_same_in_all_forms(tmp_path: Path) -> None:
     assert "![charts/x.svg](charts/x.svg)" in markdown
 
 
+@pytest.mark.charts
 def test_charts_draw_the_cells_and_nothing_beyond_them(tmp_path: Path) -> None:
     study = study_scaling(sweep(batches=[1, 2, 8, 32], lengths=[128, 1024]))
     files = artifacts.write_scaling(study, tmp_path / "one")

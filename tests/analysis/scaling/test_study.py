@@ -244,6 +244,7 @@ def test_what_cannot_be_said_is_named_with_its_reason(found: Findings) -> None:
     assert said["a comparison of machines"].startswith("all cells were measured on AMD EPYC, 2 CPUs")
 
 
+@pytest.mark.charts
 def test_quality_is_told_where_it_was_measured(tmp_path: Path) -> None:
     def judged(quant: str, kl: float, agree: int) -> RunResult:
         divergence = Divergence(
@@ -268,6 +269,7 @@ EVERY = {
 }  # fmt: skip
 
 
+@pytest.mark.charts
 @pytest.mark.slow
 def test_every_figure_is_drawn_or_its_reason_is_told(found: Findings, tmp_path: Path) -> None:
     files = artifacts.write_study(found, tmp_path)
@@ -291,6 +293,7 @@ def test_every_figure_is_drawn_or_its_reason_is_told(found: Findings, tmp_path: 
         assert one.said in unescape(html)
 
 
+@pytest.mark.charts
 def test_one_cell_draws_nothing_and_says_why(tmp_path: Path) -> None:
     alone = find([measured()])
     charts = [path for path in artifacts.write_study(alone, tmp_path) if path.suffix in (".svg", ".png")]
@@ -308,6 +311,7 @@ def test_what_more_rows_and_longer_prompts_do_is_said_although_a_cell_is_missing
     assert said["Prompt length"][0].startswith("From prompt length 64 to 512 throughput is 0.")
 
 
+@pytest.mark.charts
 def test_a_cell_that_failed_is_marked_in_the_maps(tmp_path: Path) -> None:
     good = [one for one in grid(["opt-125m"], ["bf16"]) if (one.cell.batch_size, one.cell.prompt_tokens) != (16, 512)]
     failed = dataclasses.replace(

@@ -358,6 +358,7 @@ def test_what_the_plan_says(tmp_path: Path) -> None:
     assert draw_plan(plan, tmp_path / "again")[0].read_bytes() == files[0].read_bytes()
 
 
+@pytest.mark.charts
 def test_the_files_of_a_run_have_the_plan(tmp_path: Path) -> None:
     plan = made_up()
     result = made("mixed", load=LoadInfo(1.0, weight_bytes=10**9, quant_plan=plan))
@@ -397,6 +398,7 @@ def test_a_mixed_version_is_exported_to_no_other_server() -> None:
             export(config, uri="models:/bot/1", target=target)
 
 
+@pytest.mark.charts
 @pytest.mark.slow
 def test_a_mixed_quantization_from_budget_to_plan_file(store_uri: str, tiny_model: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_model, tmp_path / "model")
