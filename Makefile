@@ -23,8 +23,8 @@ demo: $(INSTALLED)
 		-P prompt_tokens=64 -P output_tokens=32 -P warmup=3 -P repetitions=5
 	@echo "(mlflow is $(BIN)/mlflow here)"
 
-# Keep the order of the files: the reordering of xdist would leave the few slowest tests for the end, on one core.
-PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=40
+# Each of the two workers begins with one half of the tests, and takes over tests from the other at the end.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=40
 
 test: $(INSTALLED)
 	$(PYTEST) -m "not slow"

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -58,8 +59,13 @@ ORDER = tree_in("docs/architecture.md")
 ENTRIES = {name.partition("/")[0] for name in FILES} - {"__init__", "__main__"}
 
 
-def imported_names(module: str) -> Iterator[str]:
+@cache
+def imported_names(module: str) -> tuple[str, ...]:
     """Absolute dotted names of all imports of a module, at any depth; `from a import b` gives `a.b`."""
+    return tuple(_imported_names(module))
+
+
+def _imported_names(module: str) -> Iterator[str]:
     file = FILES[module]
     parents = [PACKAGE, *file.relative_to(ROOT / PACKAGE).parts[:-1]]
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
