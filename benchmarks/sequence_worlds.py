@@ -25,7 +25,7 @@ from tests.worlds import WORLDS, World, cell, repetitions
 
 TARGET, VARIATION_LIMIT = 0.02, 0.10
 NUMBERS = (5, 10, 20, 30, 60)
-AUTO = {"auto, 0.5 s": 0.5, "auto, 10 s": 10.0}
+AUTO = {"auto, 0.5 s": 0.5, "auto, 2 s": 2.0, "auto, 10 s": 10.0}
 """Ways of `repetitions=auto`, by the duration of a repetition."""
 
 MOST = 100
@@ -42,7 +42,7 @@ def judged(values: list[float], truth: float, stopped: bool) -> tuple[bool, bool
 def chosen(values: list[float], run_s: float) -> int:
     """Return the number of repetitions that auto takes."""
     every, auto = repetitions(values, run_s), cell()
-    looks = sorted({*LOOKS, *range(5, 40)} if run_s > 1 else LOOKS)
+    looks = sorted({*LOOKS, *range(5, 65)})
     return next((n for n in looks if n < MOST and enough(auto, every[:n])), MOST)
 
 
@@ -78,7 +78,10 @@ def main() -> int:
             f"{one['repetitions']}: {one['valid']:.3f} {one['coverage_of_valid']} {'' if one['holds'] else '(misses)'}"
             for one in table[name]
         ]
-        print(f"{name:34} {' | '.join(cells)} n = {[one['mean_repetitions'] for one in table[name][-2:]]}", flush=True)
+        print(
+            f"{name:34} {' | '.join(cells)} n = {[one['mean_repetitions'] for one in table[name][-len(AUTO) :]]}",
+            flush=True,
+        )
     if asked.out:
         known = {"series": asked.series, "seed": asked.seed, "precision_target": TARGET, "worlds": table}
         asked.out.write_text(json.dumps(known, indent=1, ensure_ascii=False) + "\n")

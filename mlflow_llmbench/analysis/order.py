@@ -7,7 +7,14 @@ from collections.abc import Iterator
 from statistics import fmean
 
 from ..records.results import FIRST_RULES, Reason, RunResult
-from ..records.verdicts import JUDGED_REPETITIONS, LEAST_REPETITIONS, PERCENTILE_SUPPORT
+from ..records.verdicts import (
+    CORRELATED_REPETITIONS,
+    JUDGED_REPETITIONS,
+    JUDGED_WITHIN_S,
+    LEAST_REPETITIONS,
+    MOST_TIMED_S,
+    PERCENTILE_SUPPORT,
+)
 from ..stats import Finding, autocorrelation, effective_size, is_correlated, judge_sequence
 from ..stats.sequence import FEW_CHANGE
 from .repetitions import by_process, judged_values, own_lengths, process_count
@@ -72,9 +79,20 @@ def _sentence(found: Finding, noun: str, count: int, result: RunResult) -> str:
     )
 
 
+def repetitions_to_judge(run_s: float) -> int:
+    """Repetitions of `run_s` seconds that `repetitions=auto` takes to judge their order: 64 or a minute, at least 20.
+
+    Fewer, but at least 5, only where 20 take more than ten minutes together.
+    """
+    if run_s <= 0:
+        return JUDGED_REPETITIONS
+    wanted = min(max(CORRELATED_REPETITIONS, math.ceil(JUDGED_WITHIN_S / run_s)), JUDGED_REPETITIONS)
+    return max(LEAST_REPETITIONS, min(wanted, math.ceil(MOST_TIMED_S / run_s)))
+
+
 def correlation(result: RunResult) -> str | None:
     """Sentence that says that neighbouring repetitions are correlated and widen the interval; None if they are not."""
-    if process_count(result) != 1 or len(result.repetitions) < JUDGED_REPETITIONS:
+    if process_count(result) != 1 or len(result.repetitions) < CORRELATED_REPETITIONS:
         return None
     values = judged_values(result.cell, result.repetitions)
     if not is_correlated(values):
@@ -94,7 +112,8 @@ def unjudged(result: RunResult) -> list[str]:
         return []
     needs = {
         "a second speed": TWO_SPEEDS_SUPPORT,
-        "serial correlation": JUDGED_REPETITIONS,
+        "serial correlation": CORRELATED_REPETITIONS,
+        "speeds that change for a few repetitions at a time": JUDGED_REPETITIONS,
         "slow repetitions that are rarer than 1 in 20": PERCENTILE_SUPPORT[95],
     }
     found = [f"{what} (needs {needed} repetitions)" for what, needed in needs.items() if count < needed]

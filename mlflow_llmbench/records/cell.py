@@ -68,7 +68,7 @@ class Cell:
         None, "discarded runs: auto (at least 3, until steady) or a number", "count", "measurement", unset="auto",
         high=10_000).field()
     repetitions: int | None = Parameter(
-        None, "timed runs: auto (30, or 5 where 30 take over a minute; more until the interval is narrow) or a number",
+        None, "timed runs: auto (64 or a minute, at least 20; more until the interval is narrow) or a number",
         "count", "measurement", unset="auto", high=1_000_000).field()
     max_repetitions: int = Parameter(
         100, "most repetitions with repetitions=auto", "count", "measurement", low=5, high=1_000_000).field()

@@ -9,12 +9,22 @@ lies above the percentile with 95 % probability (Wilks 1941)."""
 LEAST_REPETITIONS = 5
 """Smallest number of timed repetitions for a confidence interval."""
 
-JUDGED_REPETITIONS = 30
-"""Repetitions from which their order can be judged: trend, step, two speeds and serial correlation. With 20 a serial
-correlation of 0.8 stays unseen in a quarter of cases, with 30 in a thirtieth."""
+CORRELATED_REPETITIONS = 20
+"""Repetitions from which trend, step, two speeds and serial correlation are seen."""
+
+JUDGED_REPETITIONS = 64
+"""Repetitions from which rare disturbances are seen too.
+
+If one repetition in 20 is slow, or the speed changes for five neighbours at a time, 30 repetitions show nothing in
+up to a fifth of cases, 64 in a twentieth.
+"""
 
 JUDGED_WITHIN_S = 60.0
-"""Timed seconds that `repetitions=auto` spends on `JUDGED_REPETITIONS`, if the interval is narrow sooner."""
+"""Timed seconds that `repetitions=auto` spends to reach `JUDGED_REPETITIONS`; it always takes
+`CORRELATED_REPETITIONS`, unless they take more than `MOST_TIMED_S`."""
+
+MOST_TIMED_S = 600.0
+"""Timed seconds after which `auto` stops although the interval is still too wide or the repetitions are correlated."""
 
 FOREIGN_CPU_LIMIT = 0.10
 """CPUs that others (processes, hypervisor) may use on average over all repetitions: a tenth of one core."""

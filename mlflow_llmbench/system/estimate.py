@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from ..analysis.order import repetitions_to_judge
 from ..config import model_shape
 from ..records.backends import capabilities_of
 from ..records.cell import SPECULATIVE, Cell, as_text
 from ..records.quantizations import FLOAT_DTYPES, MIXED
 from ..records.results import ModelFacts
-from ..records.verdicts import JUDGED_REPETITIONS, JUDGED_WITHIN_S, LEAST_REPETITIONS
 from ..workloads.arrivals import request_count
 from ..workloads.prompts import longest_of
 from . import gpu, machine, memory
@@ -185,11 +184,8 @@ def least_seconds(
 
 
 def _repetitions(cell: Cell, run_s: float) -> int:
-    """Return the least repetitions of runs that take `run_s`; with auto, `JUDGED_REPETITIONS` if a minute allows."""
-    if cell.repetitions is not None:
-        return cell.repetitions
-    fitting = math.ceil(JUDGED_WITHIN_S / run_s) if run_s > 0 else JUDGED_REPETITIONS
-    return min(max(LEAST_REPETITIONS, min(fitting, JUDGED_REPETITIONS)), cell.max_repetitions)
+    """Return the least number of repetitions of runs that take `run_s`."""
+    return cell.repetitions or min(repetitions_to_judge(run_s), cell.max_repetitions)
 
 
 def refusal(

@@ -157,11 +157,11 @@ def test_auto_repeats_until_contention_can_be_judged() -> None:
         return [Repetition(i, 0, (RequestRecord(0, (10, 20)),), quiet(wall_s, **fields)) for i in range(count)]
 
     assert can_be_judged(repetitions(5, 0.02)) and not can_be_judged(repetitions(5, 0.01))
-    assert [count for count in (30, 45, 68, 100) if enough(Cell(), repetitions(count, 0.003))] == [68, 100]
-    assert unseen_cpus([r.noise for r in repetitions(68, 0.003) if r.noise]) < 0.6
+    assert [count for count in (64, 80, 100) if enough(Cell(), repetitions(count, 0.003))] == [80, 100]
+    assert unseen_cpus([r.noise for r in repetitions(80, 0.003) if r.noise]) < 0.6
     # Without a fine clock a quarter of a CPU has to be seen.
-    assert [n for n in (30, 45, 68, 100) if enough(Cell(), repetitions(n, 0.007, run_delay_s=None))] == [100]
-    assert enough(Cell(), repetitions(30, 0.007))
+    assert [n for n in (64, 80, 100) if enough(Cell(), repetitions(n, 0.006, run_delay_s=None))] == [100]
+    assert enough(Cell(), repetitions(64, 0.006))
     [reason] = judge(one := beside([quiet(0.003)] * 30), summarize(one)).reasons
     assert reason.code == "too_short_to_judge"
     assert reason.sentence.startswith("The repetitions took 0.09 s together, in which others may have used up to ")

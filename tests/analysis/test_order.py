@@ -8,10 +8,10 @@ import sys
 import numpy as np
 import pytest
 
-from mlflow_llmbench.analysis.order import correlation, unjudged
+from mlflow_llmbench.analysis.order import correlation, repetitions_to_judge, unjudged
 from mlflow_llmbench.analysis.summary import summarize
 from mlflow_llmbench.analysis.verdict import judge
-from mlflow_llmbench.measure.stopping import LOOKS, enough
+from mlflow_llmbench.measure.stopping import enough
 from mlflow_llmbench.records.results import Noise, Repetition, RunResult
 from mlflow_llmbench.stats import effective_size, is_correlated, judge_sequence, sequence_interval, t_interval
 
@@ -97,12 +97,13 @@ def test_texts_of_their_own_lengths_are_judged_by_the_time_per_token() -> None:
 
 
 def test_the_report_says_what_cannot_be_judged_and_what_would() -> None:
-    few = ["a second speed (needs 10 repetitions)", "serial correlation (needs 30 repetitions)"]
+    few = ["a second speed (needs 10 repetitions)", "serial correlation (needs 20 repetitions)"]
     rare = "slow repetitions that are rarer than 1 in 20 (needs 59 repetitions)"
+    spells = "speeds that change for a few repetitions at a time (needs 64 repetitions)"
     between = "how processes differ (needs processes=5)"
-    assert unjudged(result([1.0] * 5)) == [*few, rare, between]
-    assert unjudged(result([1.0] * 30)) == [rare, between]
-    assert unjudged(result([1.0] * 60, processes=5)) == []
+    assert unjudged(result([1.0] * 5)) == [*few, spells, rare, between]
+    assert unjudged(result([1.0] * 30)) == [spells, rare, between]
+    assert unjudged(result([1.0] * 64, processes=5)) == []
     assert unjudged(result([])) == []
 
 
@@ -115,7 +116,7 @@ def test_correlated_neighbours_widen_the_interval_and_are_named() -> None:
     sentence = correlation(result(slow, repetitions=60))
     assert sentence and sentence.startswith("Neighbouring repetitions resemble each other (lag-1 autocorrelation 0.8")
     assert correlation(result(ALTERNATING[:60], repetitions=60)) is None
-    assert correlation(result(slow[:30], repetitions=30)) and correlation(result(slow[:29], repetitions=29)) is None
+    assert correlation(result(slow[:20], repetitions=20)) and correlation(result(slow[:19], repetitions=19)) is None
     known = summarize(result(slow, repetitions=60))["trust/effective_repetitions"]
     assert known == pytest.approx(effective_size(slow), rel=0.01)
 
@@ -123,34 +124,42 @@ def test_correlated_neighbours_widen_the_interval_and_are_named() -> None:
 # The rule of repetitions=auto
 
 
-def test_auto_stops_at_thirty_or_at_five_long_ones() -> None:
+@pytest.mark.parametrize(
+    ("run_s", "repetitions"),
+    [(0.0, 64), (0.5, 64), (0.93, 64), (1.5, 40), (2.99, 21), (3.0, 20), (30.0, 20), (60.0, 10), (200.0, 5)],
+)
+def test_the_number_that_auto_takes_follows_their_duration(run_s: float, repetitions: int) -> None:
+    assert repetitions_to_judge(run_s) == repetitions
+
+
+def test_auto_stops_as_soon_as_the_order_can_be_judged() -> None:
     def stops(run_s: float, rates: list[float], **settings: object) -> int:
         every = repetitions(rates, run_s)
         return next(n for n in range(1, len(every) + 1) if enough(cell(**settings), every[:n]))
 
-    assert stops(0.5, ALTERNATING) == 30
-    assert stops(20.0, ALTERNATING) == 5
-    assert stops(5.0, ALTERNATING) == 14
+    assert stops(0.5, ALTERNATING) == 64
+    assert stops(2.0, ALTERNATING) == 30
+    assert stops(20.0, ALTERNATING) == 20
     wide = [1 + 0.2 * (value - 1) / 0.01 for value in ALTERNATING]
-    assert stops(0.5, wide, precision_target=0.05) == 45
-    assert stops(40.0, wide) == 8  # five minutes
-    assert not enough(cell(repetitions=7), repetitions(ALTERNATING[:50]))
+    assert stops(2.0, wide, precision_target=0.05) == 45
+    assert stops(80.0, wide) == 8  # ten minutes
+    assert not enough(cell(repetitions=7), repetitions(ALTERNATING[:64]))
 
 
 def test_auto_goes_on_while_neighbours_are_alike_and_stops_where_more_do_not_help() -> None:
     slow = [1 + 0.004 * np.sin(i / 2) for i in range(100)]
-    assert is_correlated(slow[:30])
-    assert not any(enough(cell(), repetitions(slow[:n])) for n in (30, 45, 68))
-    step = [value * (0.85 if i >= 15 else 1) for i, value in enumerate(ALTERNATING[:30])]
+    assert is_correlated(slow[:64])
+    assert not any(enough(cell(), repetitions(slow[:n])) for n in (64, 80, 100))
+    step = [value * (0.85 if i >= 32 else 1) for i, value in enumerate(ALTERNATING[:64])]
     assert enough(cell(), repetitions(step))
-    assert not enough(cell(), repetitions(step[:29]))
+    assert not enough(cell(), repetitions(step[:63]))
 
 
 def test_spoiled_repetitions_are_repeated_and_kept_but_not_without_end() -> None:
     def noisy(rates: list[float], *spoiled: int) -> tuple[Repetition, ...]:
         return tuple(
             dataclasses.replace(one, noise=Noise(wall_s=1.0, foreign_cpu_s=0.5 if one.index in spoiled else 0.0))
-            for one in repetitions(rates, 20.0)
+            for one in repetitions(rates, 130.0)
         )
 
     assert enough(cell(), noisy(ALTERNATING[:5]))
@@ -201,12 +210,11 @@ def test_quiet_series_are_seldom_called_disturbed_and_their_intervals_are_not_wi
         assert own and plain
         wider.append((own[1] - own[0]) / (plain[1] - plain[0]))
     assert 1 <= np.median(wider) <= {5: 1, 10: 1, 20: 1.4, 60: 1.2}[n] + 1e-9
-    assert LOOKS[0] == 5
 
 
 def test_auto_decides_where_scipy_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker's own environment need not have it."""
     monkeypatch.setitem(sys.modules, "scipy", None)
-    assert enough(cell(), repetitions(ALTERNATING[:30]))
-    slow = [1 + 0.004 * np.sin(i / 2) for i in range(45)]
+    assert enough(cell(), repetitions(ALTERNATING[:64]))
+    slow = [1 + 0.004 * np.sin(i / 2) for i in range(80)]
     assert not enough(cell(), repetitions(slow))
