@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from ...records.calibration import Calibration
@@ -42,11 +43,28 @@ class Refused:
 
 @dataclass(frozen=True)
 class RunnerUp:
-    """A candidate within all limits that is not the winner; `why`: how it differs. `tied`: not measurably worse."""
+    """A candidate within all limits that is not the winner. How it compares is computed where it is asked for."""
 
     candidate: Candidate
-    why: str
-    tied: bool
+    winner: Candidate
+    target: Measure
+    judge: Judge
+
+    @cached_property
+    def tied(self) -> bool:
+        """True if it is not measurably worse than the winner."""
+        return not self.judge.surely_better(self.candidate, self.winner, self.target)
+
+    @cached_property
+    def why(self) -> str:
+        """Description of how it differs from the winner."""
+        comparison = self.judge.compare(self.winner, self.candidate)
+        text = sentence(dataclasses.replace(comparison, name_a=self.winner.name, name_b="It", labels=(), doubts=()))
+        if self.target is GOALS["throughput"]:
+            return text
+        key = self.target.keys[-1]
+        own, best = (figure(key, one.value(self.target) or 0.0) for one in (self.candidate, self.winner))
+        return f"Its {self.target.label} is {own}, that of {self.winner.name} {best}. {text}"
 
 
 @dataclass(frozen=True)
@@ -61,12 +79,21 @@ class Recommendation:
     winner: Candidate | None
     runners_up: tuple[RunnerUp, ...]
     eligible: tuple[Candidate, ...]
-    front: tuple[Candidate, ...]
     objectives: tuple[Measure, ...]
     refused: tuple[Refused, ...]
+    judge: Judge
     cautions: tuple[str, ...] = ()
     changes: tuple[str, ...] = ()
     accepted_suspect: str | None = None
+
+    @cached_property
+    def front(self) -> tuple[Candidate, ...]:
+        """The candidates that no other dominates. Computed where it is asked for, since it compares all with all."""
+        return tuple(
+            one
+            for one in self.eligible
+            if not any(self.judge.dominates(other, one, self.objectives) for other in self.eligible if other is not one)
+        )
 
 
 def recommend(
@@ -116,11 +143,6 @@ def choose(
     fitting = _without(eligible, beyond)
     winner = fitting[0] if fitting else None
     objectives = _objectives(eligible, target, limits)
-    front = tuple(
-        one
-        for one in eligible
-        if not any(judge.dominates(other, one, objectives) for other in eligible if other is not one)
-    )
     suspects = [
         r.candidate
         for r in refused
@@ -132,11 +154,11 @@ def choose(
         goal,
         tuple(limits),
         winner,
-        tuple(_runner_up(winner, one, target, judge) for one in fitting[1:]) if winner else (),
+        tuple(RunnerUp(one, winner, target, judge) for one in fitting[1:]) if winner else (),
         tuple(eligible),
-        front,
         objectives,
         (*beyond, *refused),
+        judge,
         cautions=tuple(_cautions(winner, limits)) if winner else (),
         changes=tuple(_changes(winner, beyond, suspects, target, limits, judge)),
         accepted_suspect=accept_suspect if winner and winner.verdict.word == "suspect" else None,
@@ -250,21 +272,6 @@ def _objectives(eligible: Sequence[Candidate], target: Measure, limits: Sequence
     wanted = dict.fromkeys([target, *(limit.measure for limit in limits), MEMORY])
     return tuple(
         measure for measure in wanted if measure is target or all(one.value(measure) is not None for one in eligible)
-    )
-
-
-def _runner_up(winner: Candidate, one: Candidate, target: Measure, judge: Judge) -> RunnerUp:
-    """Describe how a candidate within all limits differs from the winner."""
-    tied = not judge.surely_better(one, winner, target)
-    comparison = judge.compare(winner, one)
-    text = sentence(dataclasses.replace(comparison, name_a=winner.name, name_b="It", labels=(), doubts=()))
-    return RunnerUp(one, text if target is GOALS["throughput"] else f"{_versus(winner, one, target)} {text}", tied)
-
-
-def _versus(winner: Candidate, one: Candidate, target: Measure) -> str:
-    mine, its = one.value(target) or 0.0, winner.value(target) or 0.0
-    return (
-        f"Its {target.label} is {figure(target.keys[-1], mine)}, that of {winner.name} {figure(target.keys[-1], its)}."
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from ...analysis.comparison import DEVICE_PEAK, HOST_PEAK, RATE
 from ...analysis.scaling.cells import Measured
@@ -31,14 +32,14 @@ class FigureData:
         """Return the label of a cell's model."""
         return self.names[measured.result.hashes.config]
 
-    @property
+    @cached_property
     def models(self) -> list[str]:
         """Labels of the models, smallest first."""
         return list(
             dict.fromkeys(self.name(m) for m in sorted(self.cells, key=lambda m: m.variable("parameters") or 0.0))
         )
 
-    @property
+    @cached_property
     def quants(self) -> list[str]:
         """Quantizations in the order of the vocabulary."""
         seen = {m.cell.quant for m in self.cells}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ...analysis.comparison import DEVICE_PEAK, RATE
+from ...analysis.scaling.cells import Measured
 from ...analysis.scaling.focus import at_focus, with_interval
 from ...records.metrics import WEIGHTS
 from ...records.quantizations import COLOURS
@@ -60,19 +63,16 @@ def _scatter(data: FigureData) -> Drawing:
         f"left and up is better · larger dots: larger batches · {data.common}",
         (WIDTH, 5.2),
     )
+    alike: dict[tuple[str, str, int], list[Measured]] = {}
     for m in own:
-        x, (y, low, high) = m.metrics[key] * 1e-9, with_interval(m, RATE) or (0.0, 0.0, 0.0)
-        colour, size = COLOURS.get(m.cell.quant, BROWN), 4.5 + 1.6 * batches.index(m.cell.batch_size)
+        looks = COLOURS.get(m.cell.quant, BROWN), data.look(data.name(m))[1], batches.index(m.cell.batch_size)
+        alike.setdefault(looks, []).append(m)
+    for (colour, marker, size), dots in alike.items():
+        x = [m.metrics[key] * 1e-9 for m in dots]
+        y, low, high = zip(*(with_interval(m, RATE) or (0.0, 0.0, 0.0) for m in dots), strict=True)
         axes.vlines(x, low, high, color=colour, linewidth=1.0)
-        axes.plot(
-            [x],
-            [y],
-            data.look(data.name(m))[1],
-            color=colour,
-            markersize=size,
-            markeredgecolor="white",
-            markeredgewidth=0.6,
-        )
+        form: dict[str, Any] = {"markeredgecolor": "white", "markeredgewidth": 0.6, "markersize": 4.5 + 1.6 * size}
+        axes.plot(x, y, marker, linestyle="", color=colour, **form)
     rates = [m.metrics[RATE] for m in own]
     if max(rates) > LOG_FROM * min(rates) > 0:
         axes.set_yscale("log")
