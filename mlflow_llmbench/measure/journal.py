@@ -20,6 +20,7 @@ import contextlib
 import csv
 import gzip
 import io
+import itertools
 import json
 import os
 import re
@@ -274,11 +275,27 @@ def read_result(folder: Path) -> RunResult:
         found = from_json(RunResult, reading.read_own_json(path))
         if found.outcome not in OUTCOMES:
             raise ValueError(f"its outcome is {found.outcome[:40]!r}")
-        if not all(one.requests or one.failed for one in found.repetitions):
-            raise ValueError("a repetition has no requests")
+        for repetition in found.repetitions:
+            if not repetition.requests:
+                raise ValueError(f"repetition {repetition.index} has no complete request")
+            for request in repetition.requests:
+                _check_request(request)
         return found
     except (OSError, ValueError, TypeError) as error:
         raise JournalError(f"Cannot read the result {path}: {error}. Give the folder of a measured cell.") from None
+
+
+def _check_request(request: RequestRecord) -> None:
+    """Raise ValueError for a request that nobody can have measured: from it figures would be made all the same."""
+    times, chunks = (request.t0_ns, *request.stamps_ns), request.chunk_tokens
+    if len(times) < 2 or request.rows < 1:
+        raise ValueError("a complete request has no token")
+    if any(later < sooner for sooner, later in itertools.pairwise(times)):
+        raise ValueError("tokens of a request arrive before it was sent, or before an earlier token")
+    if min(request.prompt_tokens or 0, request.cached_tokens or 0, request.output_tokens, *(chunks or ())) < 0:
+        raise ValueError("a request has a negative number of tokens")
+    if chunks is not None and len(chunks) != len(request.stamps_ns):
+        raise ValueError("a request has other numbers of chunks and of stamps")
 
 
 def _by_token(request: RequestRecord) -> Sequence[int]:
