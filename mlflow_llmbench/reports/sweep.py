@@ -18,7 +18,7 @@ from ..config.cells import LOADED, asked_params, option_params, sweep_name
 from ..config.spec import BenchSpec
 from ..records.cell import PARAMETERS, Cell, as_text, default_text
 from ..records.metric import Claim, interval_keys
-from ..records.metrics import DEVICE_MEMORY, KEYS, OUTPUT_RATE, RELATIVE_HALF_WIDTH, by_name
+from ..records.metrics import DEVICE_MEMORY, ITL, KEYS, OUTPUT_RATE, PEAK_MEMORY, RELATIVE_HALF_WIDTH, TTFT, by_name
 from .escaping import code_block, markdown
 from .result import Row, columns_of, command, command_line, environment_facts, explanations, shown, table_cells
 from .tables import Table, markdown_table
@@ -133,9 +133,7 @@ def headline(rows: Sequence[Row], varied: Sequence[str]) -> str:
         entry = next((one for one in entries if any(one.key in row.metrics for row in rows)), None)
         best = leaders(rows, entry.key) if entry else []
         if entry and best:
-            names = _listed(
-                [short_name(row.cell, varied) + (" (suspect)" if row.state == "suspect" else "") for row in best]
-            )
+            names = _listed([_called(row, varied) for row in best])
             parts.append(f"{claim}: {names}, {shown(entry.key, best[0].metrics[entry.key])} {entry.unit}".rstrip())
     return "; ".join(parts) + "."
 
@@ -156,6 +154,16 @@ def leaders(rows: Sequence[Row], key: str) -> list[Row]:
     of the throughput's intervals, if that is more. Only measured cells whose verdict is not invalid count, and none
     whose tokens came in bursts.
     """
+    ranked = _ranked(rows, key)
+    if not ranked or KEYS[key].tolerance is None:
+        return []
+    best = ranked[0]
+    alike = [row for row in ranked if row is best or _is_alike(row, best, key)]
+    return alike if len(alike) < len(ranked) else []
+
+
+def _ranked(rows: Sequence[Row], key: str) -> list[Row]:
+    """Return the cells that can be called best, the best value of a metric first."""
     trusted = [
         row
         for row in rows
@@ -163,13 +171,28 @@ def leaders(rows: Sequence[Row], key: str) -> list[Row]:
         and key in row.metrics
         and not (row.verdict and any(reason.code in NEVER_BEST for reason in row.verdict.reasons))
     ]
-    if not trusted or KEYS[key].tolerance is None:
-        return []
     sign = -1 if KEYS[key].better == "lower" else 1
-    ranked = sorted(trusted, key=lambda row: sign * row.metrics[key], reverse=True)
-    best = ranked[0]
-    alike = [row for row in ranked if row is best or _is_alike(row, best, key)]
-    return alike if len(alike) < len(trusted) else []
+    return sorted(trusted, key=lambda row: sign * row.metrics[key], reverse=True)
+
+
+def best_figures(rows: Sequence[Row], varied: Sequence[str]) -> tuple[dict[str, float], dict[str, str]]:
+    """Return the figures and tags of a sweep's own run: the best values with their cells, and how the cells ended.
+
+    Metric `best/ttft_ms_p50` is the least median of the cells, tag `best_ttft_ms_p50` the name of the cell that has it.
+    Tag `cells` counts verdicts and outcomes: `6 valid, 1 suspect, 1 oom`.
+    """
+    memory = [key for key in PEAK_MEMORY if any(key in row.metrics for row in rows)][:1]
+    figures, tags = {}, {}
+    for key in (OUTPUT_RATE.key(), TTFT.key("p50"), ITL.key("p50"), *memory):
+        if ranked := _ranked(rows, key):
+            name = key.partition("/")[2]
+            figures[f"best/{name}"], tags[f"best_{name}"] = ranked[0].metrics[key], _called(ranked[0], varied)
+    tags["cells"] = ", ".join(f"{count} {state}" for state, count in Counter(row.state for row in rows).most_common())
+    return figures, tags
+
+
+def _called(row: Row, varied: Sequence[str]) -> str:
+    return short_name(row.cell, varied) + (" (suspect)" if row.state == "suspect" else "")
 
 
 def _is_alike(row: Row, best: Row, key: str) -> bool:

@@ -302,8 +302,9 @@ def publish_parent(
     link = view.publish(store, parent_id, sweep_name(spec), spec.varied, rows, ids, warn)
     note = (f"[Compare the cells in charts]({link})\n\n" if link else "") + sweep.description(rows, spec.varied)
     at_ms = max((row.ended_ms or 0 for row in rows), default=0)  # the same at each upload
-    points = [Point(key, 0, value, at_ms) for key, value in figures.items()]
-    upload_parent(store, parent_id, asked_params(spec) | dict(asked), note, comparison, points)
+    best, tags = sweep.best_figures(rows, spec.varied)
+    points = [Point(key, 0, value, at_ms) for key, value in {**figures, **best}.items()]
+    upload_parent(store, parent_id, asked_params(spec) | dict(asked), note, comparison, points, tags)
     return link
 
 

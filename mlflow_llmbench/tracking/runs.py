@@ -260,12 +260,22 @@ def log_dataset(
 
 
 def upload_parent(
-    store: Store, run_id: str, params: Mapping[str, str], note: str, artifacts: Path, figures: Sequence[Point] = ()
+    store: Store,
+    run_id: str,
+    params: Mapping[str, str],
+    note: str,
+    artifacts: Path,
+    figures: Sequence[Point],
+    tags: Mapping[str, str],
 ) -> None:
-    """Upload the parent run of a sweep: its params, the comparison as description and artifacts, overall figures."""
+    """Upload the parent run of a sweep: its params, the comparison as description and artifacts, figures and tags.
+
+    `tags` are named without the prefix `llmbench.`.
+    """
     log_params(store, run_id, params)
     log_metrics(store, run_id, figures)
-    log_tags(store, run_id, {"mlflow.note.content": note, "llmbench.schema": str(SCHEMA)})
+    named = {f"llmbench.{name}": value for name, value in tags.items()}
+    log_tags(store, run_id, {"mlflow.note.content": note, "llmbench.schema": str(SCHEMA), **named})
     if artifacts.is_dir():
         _log_artifacts(store, run_id, artifacts)
     store.client.set_tag(run_id, UPLOADED_TAG, "true")

@@ -26,7 +26,7 @@ from .client import guarded_client
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import Experiment, Run
 
 DEFAULT_EXPERIMENT = "llmbench"
 
@@ -47,6 +47,9 @@ KNOWN_REASONS = (
     r"(Connection refused|Name or service not known|[Tt]imed? ?out|Permission denied"
     r"|unable to open database file|attempt to write a readonly database|already exists|Max retries)"
 )
+
+KIND = {"mlflow.experimentKind": "custom_model_development"}
+"""Tag of an experiment by which MLflow's UI opens it on its table of runs and not on its page of traces."""
 
 UPLOADED_TAG = "llmbench.uploaded"
 """Tag that is set when everything of a run has arrived."""
@@ -95,7 +98,8 @@ def open_store(uri: str | None = None, experiment: str | None = None, own: str |
             client.search_experiments(max_results=1)
         given = os.environ.get("MLFLOW_RUN_ID") or None
         if given:
-            return Store(client, address, _given_run(client, given, own).info.experiment_id, given)
+            own_experiment = client.get_experiment(_given_run(client, given, own).info.experiment_id)
+            return Store(client, address, _opened_on_runs(client, own_experiment), given)
         return Store(client, address, _experiment_id(client, experiment), None)
 
 
@@ -184,13 +188,22 @@ def _experiment_id(client: MlflowClient, wanted: str | None) -> str:
         client.get_experiment(identifier) if identifier else client.get_experiment_by_name(name or DEFAULT_EXPERIMENT)
     )
     if found is None:
-        return str(client.create_experiment(name or DEFAULT_EXPERIMENT))
+        return str(client.create_experiment(name or DEFAULT_EXPERIMENT, tags=KIND))
     if found.lifecycle_stage == "deleted":
         raise TrackingError(
             f"The experiment {found.name} is deleted. Restore it with `mlflow experiments restore -x "
             f"{found.experiment_id}`, or give another: --experiment NAME."
         )
-    return str(found.experiment_id)
+    return _opened_on_runs(client, found)
+
+
+def _opened_on_runs(client: MlflowClient, experiment: Experiment) -> str:
+    """Say what an experiment is about, unless somebody has; return its id."""
+    for name, kind in KIND.items():
+        if name not in experiment.tags:
+            with contextlib.suppress(Exception):  # the user may add runs, but not change the experiment
+                client.set_experiment_tag(experiment.experiment_id, name, kind)
+    return str(experiment.experiment_id)
 
 
 @contextlib.contextmanager

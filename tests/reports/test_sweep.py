@@ -24,6 +24,7 @@ from mlflow_llmbench.measure.events import StageMemory
 from mlflow_llmbench.measure.journal import read_result, write_json
 from mlflow_llmbench.measure.outcome import CellSpan, GroupOutcome, timeline_of
 from mlflow_llmbench.records.cell import PARAMETERS, Cell
+from mlflow_llmbench.records.metrics import ITL
 from mlflow_llmbench.records.results import Failure, MemorySample, Reason, Repetition, RequestRecord, RunResult, Verdict
 from mlflow_llmbench.reports import artifacts, html, sweep
 from mlflow_llmbench.reports.result import Row, row_of
@@ -74,6 +75,34 @@ def test_the_headline_names_the_best() -> None:
         "3 of 4 cells measured, 1 oom; fastest: int4 b4, 61.2 tokens/s; first token soonest: int4 b4, 16.3 ms; "
         "least memory: int4 b4, 1.30 GB."
     )
+
+
+def test_the_run_of_a_sweep_has_the_best_of_its_cells() -> None:
+    rows = [
+        row("bf16", 1, 20, metrics={ITL.key("p50"): 50.0}),
+        row("int8", 4, 40, "suspect", metrics={ITL.key("p50"): 99.0}),
+        row("int4", 1, 900, "invalid"),
+        row("int4", 4, 30, metrics={PEAK: 1.3e9}),
+        failed("bf16", 4),
+    ]
+    assert sweep.best_figures(rows, VARIED) == (
+        {
+            "best/output_tokens_per_s": 40,
+            "best/ttft_ms_p50": 25.0,
+            "best/itl_ms_p50": 50.0,
+            "best/host_needed_bytes_peak": 1.3e9,
+        },
+        {
+            "best_output_tokens_per_s": "int8 b4 (suspect)",
+            "best_ttft_ms_p50": "int8 b4 (suspect)",
+            "best_itl_ms_p50": "bf16 b1",
+            "best_host_needed_bytes_peak": "int4 b4",
+            "cells": "2 valid, 1 suspect, 1 invalid, 1 oom",
+        },
+    )
+    on_device = [row("bf16", 1, 20), row("int4", 1, 20, metrics={"memory/device_bytes_peak": 1e9})]
+    assert sweep.best_figures(on_device, VARIED)[0].keys() >= {"best/device_bytes_peak"}
+    assert sweep.best_figures([failed("bf16", 1)], VARIED) == ({}, {"cells": "1 oom"})
 
 
 def test_an_invalid_result_is_best_at_nothing() -> None:

@@ -19,6 +19,7 @@ from mlflow import MlflowClient
 from mlflow_llmbench import run
 from mlflow_llmbench.measure import journal
 from mlflow_llmbench.records.errors import JournalError, LlmbenchError, TrackingError, UsageError
+from mlflow_llmbench.reports.sweep import best_figures
 from mlflow_llmbench.sweeps.sweep import SweepResult
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,6 +105,11 @@ def test_a_sweep_is_a_parent_with_children_named_by_what_varies(store_uri: str) 
     assert "quant" not in heading
     load_times = {runs[i].data.metrics["load/load_s"] for i in result.run_ids}
     assert len(load_times) == 1  # one load for all four cells
+    figures, tags = best_figures(result.rows, ["batch_size", "output_tokens"])
+    assert {key: value for key, value in parent.data.metrics.items() if key.startswith("best/")} == figures
+    assert tags.items() <= {key.removeprefix("llmbench."): value for key, value in parent.data.tags.items()}.items()
+    assert sum(int(part.split()[0]) for part in parent.data.tags["llmbench.cells"].split(", ")) == 4
+    assert client.get_experiment(result.experiment_id).tags["mlflow.experimentKind"] == "custom_model_development"
 
 
 def test_charts_are_left_out_where_they_are_switched_off(store_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,6 +182,17 @@ def test_a_run_that_holds_a_result_is_not_overwritten(store_uri: str, monkeypatc
     monkeypatch.setenv("MLFLOW_RUN_ID", "f" * 32)
     with pytest.raises(TrackingError, match="MLFLOW_RUN_ID names the run f+, which is not there"):
         fake()
+
+
+def test_an_experiment_keeps_the_kind_that_somebody_gave_it(store_uri: str) -> None:
+    client = MlflowClient(store_uri)
+    given, plain = (client.create_experiment(name) for name in ("agents", "plain"))
+    client.set_experiment_tag(given, "mlflow.experimentKind", "genai_development")
+    for name, kind in (("agents", "genai_development"), ("plain", "custom_model_development")):
+        fake(experiment=name, repetitions=2)
+        found = client.get_experiment_by_name(name)
+        assert found and found.tags["mlflow.experimentKind"] == kind
+    assert client.get_experiment(plain).tags
 
 
 def test_a_deleted_experiment_says_how_to_restore_it(store_uri: str) -> None:
