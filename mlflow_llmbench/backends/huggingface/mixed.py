@@ -275,7 +275,7 @@ def blocks_of(model: Any) -> dict[str, list[str]]:
     head = model.get_output_embeddings()
     groups: dict[str, list[str]] = {}
     for name, module in model.named_modules():
-        if type(module) is not torch.nn.Linear or module is head:
+        if (type(module) is not torch.nn.Linear and not recipe.is_conv1d(module)) or module is head:
             continue
         found = re.match(r"(.*?\.\d+)(?:\.([^.]+)\..+|\.[^.]+)$", name)
         block = name if found is None else found[1] if found[2] is None else f"{found[1]}.{found[2]}"

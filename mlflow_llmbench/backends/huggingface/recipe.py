@@ -297,8 +297,11 @@ def quantized(linear: Any, scheme: str, device: str, threshold: float) -> Any:
     import torch
 
     nn: Any = bitsandbytes.nn
-    sizes, biased = (linear.in_features, linear.out_features), linear.bias is not None
+    sizes, biased = layer_sizes(linear), linear.bias is not None
+    assert sizes is not None
     weight = linear.weight.data.to("cpu")
+    if is_conv1d(linear):
+        weight = weight.T.contiguous()
     form: dict[str, Any] = {"compress_statistics": False, "quant_type": "nf4"}
     with torch.device("meta"):
         new: Any = (
@@ -338,7 +341,12 @@ def layer_sizes(layer: Any) -> tuple[int, int] | None:
         return None
     if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
         return int(layer.in_features), int(layer.out_features)
-    return (int(layer.nx), int(layer.nf)) if type(layer).__name__ == "Conv1D" else None
+    return (int(layer.nx), int(layer.nf)) if is_conv1d(layer) else None
+
+
+def is_conv1d(layer: Any) -> bool:
+    """Return True for transformers' `Conv1D`, a linear layer that holds W in the shape (inputs, outputs)."""
+    return type(layer).__name__ == "Conv1D"
 
 
 def linear_layers(model: Any) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from mlflow_llmbench.reports.charts.mixed_plan import place, sensitivity_figure
 from mlflow_llmbench.reports.charts.style import chart_style, save_figure
 from mlflow_llmbench.reports.mixed_plan import plan_markdown
 from mlflow_llmbench.system.estimate import predicted_bytes
+from tests.architectures import write_tiny
 from tests.reports.charts.test_result import texts
 from tests.results import made
 
@@ -152,6 +153,22 @@ def test_int8_layers_are_those_of_llm_int8(tiny_model: Path) -> None:
     plain.load()
     modules = [name for inside in mixed.blocks_of(plain.model).values() for name in inside]
     mixed.realise(plain.model, dict.fromkeys(modules, "int8"), "cpu")
+    assert torch.equal(logits_of(plain), logits_of(uniform))
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+def test_layers_of_gpt2_are_blocks_and_equal_those_of_transformers(tmp_path: Path, quant: str) -> None:
+    """GPT-2 holds its matrices the other way round."""
+    folder = write_tiny("gpt2", tmp_path / "gpt2")
+    uniform = TransformersBackend(
+        Cell(model=str(folder), quant=quant), TransformersBackend.resolve(Cell(model=str(folder)))
+    )
+    uniform.load()
+    plain = TransformersBackend(Cell(model=str(folder), quant="bf16"), uniform.facts)
+    plain.load()
+    blocks = mixed.blocks_of(plain.model)
+    assert list(blocks) == [f"transformer.h.{layer}.{part}" for layer in (0, 1) for part in ("attn", "mlp")]
+    mixed.realise(plain.model, dict.fromkeys([name for inside in blocks.values() for name in inside], quant), "cpu")
     assert torch.equal(logits_of(plain), logits_of(uniform))
 
 
