@@ -6,6 +6,7 @@ Slow imports happen inside the commands.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 import traceback
@@ -48,6 +49,8 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     `gate` and `reproduce` have further exit codes. `program` is how the user called us.
     """
     forget_working_directory()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # replace what a terminal lacks, as stderr does
+        sys.stdout.reconfigure(errors="backslashreplace")
     with (
         interruptible(),
         contextlib.redirect_stdout(cast(TextIO, Terminal(sys.stdout))),

@@ -132,7 +132,7 @@ class ParsedCommand(click.Command):
 
 def _parameter(option: Option) -> click.Parameter:
     settings: dict[str, Any] = {
-        "type": click.UNPROCESSED if option.type is str else _Number(option),
+        "type": click.UNPROCESSED if option.type is str else _number(option),
         "shell_complete": lambda ctx, param, incomplete: _completed(option, incomplete),
     }
     if option.positional:
@@ -153,20 +153,17 @@ def _parameter(option: Option) -> click.Parameter:
     return click.Option([option.name, option.argument], **settings)
 
 
-class _Number(click.ParamType[Any]):
-    """A whole number, or any number."""
+def _number(option: Option) -> Callable[[str], object]:
+    """Return the converter of an option that takes a number."""
 
-    def __init__(self, option: Option) -> None:
-        self.option, self.name = option, option.metavar
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+    def convert(text: str) -> object:
         try:
-            return self.option.type(value)
+            return option.type(text)
         except ValueError:
-            kind = "a whole number" if self.option.type is int else "a number"
-            raise UsageError(
-                f"{self.option.name} is not {kind}: {value}. Give one such as {self.option.default}."
-            ) from None
+            kind = "a whole number" if option.type is int else "a number"
+            raise UsageError(f"{option.name} is not {kind}: {text}. Give one such as {option.default}.") from None
+
+    return convert
 
 
 def _completed(option: Option, incomplete: str) -> list[CompletionItem]:

@@ -92,6 +92,16 @@ def test_help_and_bad_parameters_import_nothing_heavy(arguments: list[str], ligh
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+def test_a_terminal_that_lacks_a_character_ends_nothing() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mlflow_llmbench", "run", "--help"],
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"},
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"--model MODEL,\\u2026 " in done.stdout
+
+
 def test_run_prints_a_table_the_folder_and_how_to_open_the_ui(
     store_uri: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
