@@ -165,7 +165,7 @@ def upload_costs() -> dict[str, tuple[float, list[float], float]]:
 
         def batches() -> float:
             run = runs.begin_run(store, "batches", {})
-            return seconds(lambda: [runs.log_params(store, run, params), runs.log_metrics(store, run, points)])
+            return seconds(lambda: runs.log_values(store, run, params, points))
 
         def single() -> float:
             run = runs.begin_run(store, "single", {})

@@ -138,6 +138,7 @@ def scaling(
     examples=("reproduce RUN", "reproduce models:/support-bot@champion --margin 3%"),
     failure_code=4,
     entry_point="reproduce",
+    store="first",
 )
 def reproduce(
     reference: str, margin: str, trust_remote_code: bool, allow_pickle: bool, url: str | None, output_dir: str,

@@ -118,6 +118,7 @@ def recommend(
         "register RUN --name support-bot --accept-suspect 'measured on a shared machine'",
     ),
     entry_point="register",
+    store="first",
 )
 def register(
     reference: str, name: str, alias: str, accept_suspect: str | None, json: bool, tracking_uri: str | None
@@ -167,6 +168,7 @@ def register(
     ),
     failure_code=4,
     entry_point="gate",
+    store="first",
 )
 def gate(
     candidate: str, against: str, limit: str | None, default_limit: str, measure: bool, pairs: str | None,
@@ -222,6 +224,7 @@ def gate(
     JSON,
     TRACKING_URI,
     examples=("promote models:/support-bot@candidate", "promote models:/support-bot@previous"),
+    store="first",
 )
 def promote(version: str, json: bool, tracking_uri: str | None) -> int:
     """Print the new champion and the way back."""
@@ -255,6 +258,7 @@ def promote(version: str, json: bool, tracking_uri: str | None) -> int:
         "export models:/support-bot@champion --for vllm",
         "export models:/support-bot/3 --for docker-compose --output compose.yaml",
     ),
+    store="first",
 )
 def export(version: str, target: str, output: str | None, json: bool, tracking_uri: str | None) -> int:
     """Print the text, or where it was written."""

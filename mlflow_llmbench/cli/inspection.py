@@ -100,6 +100,7 @@ def doctor(verbose: bool, json: bool, worker_python: str | None) -> int:
     TRACKING_URI,
     EXPERIMENT,
     examples=("upload llmbench-results/SWEEP", "upload llmbench-results/SWEEP --tracking-uri http://127.0.0.1:5000"),
+    store="first",
 )
 def upload(folder: str, tracking_uri: str | None, experiment: str | None) -> int:
     """Upload and print the counts of runs."""
@@ -121,6 +122,7 @@ def upload(folder: str, tracking_uri: str | None, experiment: str | None) -> int
     TRACKING_URI,
     description="Reads files of vllm bench serve, GuideLLM, AIPerf, llama-bench and optimum-benchmark.",
     examples=("import vllm-results.json", "import guidellm.json llama-bench.json --experiment servers"),
+    store="first",
 )
 def import_(files: Sequence[str], experiment: str | None, json: bool, tracking_uri: str | None) -> int:
     """Print the imported measurements of each file."""

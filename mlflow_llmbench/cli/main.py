@@ -87,12 +87,12 @@ def _main(arguments: Sequence[str] | None, program: str) -> int:
 
 def _told_at_once(call: Call) -> contextlib.AbstractContextManager[Any]:
     """Tell before the command runs that the store it was given does not answer. A command that measures goes on."""
-    uri = call.values.get("tracking_uri")
+    uri = call.command.store_address(call.values)
     if not uri:
         return contextlib.nullcontext()
-    from ..tracking.store import told_at_once
+    from ..tracking.reach import told_at_once
 
-    return told_at_once(str(uri), _warn if call.command in measure.COMMANDS else None)
+    return told_at_once(uri, _warn if call.command.store == "later" else None)
 
 
 def _so_far(arguments: Sequence[str] | None) -> str:

@@ -42,6 +42,7 @@ from .output import print_json, print_version_warnings, progress
         "run --model gemma-3-270m --quant none,int8-wo --workload qa --prompt-tokens auto --quality auto",
     ),
     entry_point="main",
+    store="later",
 )
 def run(config: str | None, json: bool, tracking_uri: str | None, experiment: str | None, **given: str | None) -> int:
     """Measure and print the table of cells."""
@@ -63,6 +64,7 @@ def run(config: str | None, json: bool, tracking_uri: str | None, experiment: st
         "online --launch 'vllm serve {model} --port {port}' --model facebook/opt-125m --request-rate 1,2,4",
     ),
     entry_point="online",
+    store="later",
 )
 def online(
     config: str | None, json: bool, tracking_uri: str | None, experiment: str | None, **given: str | None
@@ -88,6 +90,7 @@ def online(
         "ab quant=bf16 quant=int4 --model opt-125m --weights random",
         "ab 'quant=int4 threads=1' 'quant=int4 threads=2' --model opt-125m --pairs 10",
     ),
+    store="later",
 )
 def ab(
     a: str, b: str, pairs: int, noise: float, json: bool, tracking_uri: str | None, experiment: str | None,
@@ -155,6 +158,7 @@ def ab(
         "study --of SWEEP_A,SWEEP_B --price EPYC=0.5,A100=2.4",
     ),
     entry_point="study",
+    store="later",
 )
 def study(
     of: Sequence[str], share: float, price: str | None, accept_suspect: str | None, output: str | None, log: str | None,
@@ -211,6 +215,7 @@ def study(
     " the size that you compare.",
     first="model weights quant processes of",
     examples=("calibrate --model opt-125m --weights random", "calibrate --of RUN_A,RUN_B,RUN_C"),
+    store="later",
 )
 def calibrate(
     of: Sequence[str], json: bool, tracking_uri: str | None, experiment: str | None, **given: str | None
@@ -256,6 +261,7 @@ def calibrate(
         "run --model gemma-qat --quant int4-wo",
     ),
     entry_point="qat",
+    store="first",
 )
 def qat(json: bool, tracking_uri: str | None, experiment: str | None, **given: str | None) -> int:
     """Train and print the quality before and after."""

@@ -7,10 +7,11 @@ click commands of the declarations, `help` shows them, and `completion` complete
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ..config.choices import CHOICES, WORKLOADS
 from ..config.spec import COMMANDS as PARAMETERS_OF
@@ -112,7 +113,8 @@ class Command:
 
     `first`: names of the options that people use first; the short help shows only them. `examples`: two command lines,
     without the name of the program. `failure_code` is the exit code of a failure, for a command whose exit code 1 is an
-    answer. `entry_point` is the name of the MLproject's entry point that runs it, "" if there is none.
+    answer. `entry_point` is the name of the MLproject's entry point that runs it, "" if there is none. `store`: when it
+    uses the MLflow store, `if asked`, `first`, or `later`; a command of the last kind measures, and goes on without it.
     """
 
     name: str
@@ -124,6 +126,12 @@ class Command:
     examples: tuple[str, ...] = ()
     failure_code: int = 1
     entry_point: str = ""
+    store: Literal["if asked", "first", "later"] = "if asked"
+
+    def store_address(self, given: Mapping[str, object]) -> str | None:
+        """Return the address of the store that this command is known to use, None if there is none."""
+        of_environment = None if self.store == "if asked" else os.environ.get("MLFLOW_TRACKING_URI")
+        return str(given.get("tracking_uri") or of_environment or "") or None
 
     def run(self, given: Mapping[str, object]) -> int:
         """Call the function with the parsed values. Returns the exit code."""
@@ -139,10 +147,11 @@ def command(
     examples: tuple[str, ...] = (),
     failure_code: int = 1,
     entry_point: str = "",
+    store: Literal["if asked", "first", "later"] = "if asked",
 ) -> Callable[[Callable[..., int]], Command]:
     """Declare a command by its function. See `Command`; `first` is one text of names."""
     return lambda function: Command(
-        name, help, options, function, description, tuple(first.split()), examples, failure_code, entry_point
+        name, help, options, function, description, tuple(first.split()), examples, failure_code, entry_point, store
     )
 
 

@@ -402,6 +402,7 @@ class Sweep:
         self._write_end(outcome, uploaded=False)
         self._compare(outcome, draw=not hurried)
         if not hurried:
+            recorder.end_strays(self.jobs)
             recorder.retry(self.jobs)
         self._write_end(outcome, uploaded=not recorder.missed)
 

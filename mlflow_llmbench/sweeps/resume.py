@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,15 +16,17 @@ from ..analysis.verdict import judge
 from ..config.spec import BenchSpec
 from ..measure import journal, quality_order
 from ..records import reading
-from ..records.errors import JournalError, first_line
+from ..records.errors import JournalError
 from ..records.invocation import command_text
 from ..records.reading import Unreadable
 from ..records.redaction import redact
 from ..records.results import HASH_DIGITS, SCHEMA, RunResult
+from ..tracking.explanations import reason
 from ..tracking.search import download_result, find_measured
 from ..workloads.prompts import load_text
 from . import upload
 from .job import Job
+from .run_recorder import PATIENCE_S
 
 if TYPE_CHECKING:
     from ..tracking.store import Store
@@ -137,8 +140,13 @@ def close_abandoned(output_dir: str, store: Store, warn: Callable[[str], None]) 
     """Complete the runs of sweeps whose command was killed, or could not upload everything to this store.
 
     Measured cells are kept and uploaded, and the cell that was running becomes `crashed`. An error is passed to `warn`.
+    After `PATIENCE_S` in vain the others are left to a later command: the store of their artifacts may be away.
     """
+    waited_s = 0.0
     for folder in journal.unfinished(output_dir):
+        if waited_s > PATIENCE_S:
+            return
+        started = time.monotonic()
         try:
             known = upload.read_sweep(folder)[1]
             if str(known.get("tracking_uri")) != redact(store.uri):
@@ -149,10 +157,12 @@ def close_abandoned(output_dir: str, store: Store, warn: Callable[[str], None]) 
             done = upload.finish(folder, home)
         except Exception as error:
             warn(
-                f"The sweep {folder.name} did not end in order, and its runs cannot be completed: {first_line(error)}. "
+                f"The sweep {folder.name} did not end in order, and its runs cannot be completed: {reason(error)}. "
                 f"To try again: `{command_text('upload', str(folder))}`."
             )
+            waited_s += time.monotonic() - started
             continue
+        waited_s += time.monotonic() - started if done.refused else 0.0
         if done.recovered is not None and (done.new or done.completed or done.there):
             warn(
                 f"The sweep {folder.name} had been killed. Its runs are ended now; "

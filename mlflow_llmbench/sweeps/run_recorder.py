@@ -1,7 +1,7 @@
 """Begin, fill and end the MLflow runs of one sweep. An error of the store never stops a measurement.
 
-A failed upload is reported and retried once at the end; until then the results stay in the sweep's folder. The store is
-asked whether it answers before each call, so that an unreachable store costs only a few seconds in all.
+A failed upload is reported and retried once at the end; until then the results stay in the sweep's folder. A store that
+has not answered for a moment is asked whether it answers before a call, so that an unreachable one costs only seconds.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from ..records.errors import StoreAway, first_line
 from ..records.redaction import redact
 from ..records.results import RunResult
 from ..reports.result import Row
-from ..tracking import runs
-from ..tracking.store import GOES_ON, address_of, answers, is_told, open_store
+from ..tracking import runs, search
+from ..tracking.explanations import reason
+from ..tracking.reach import GOES_ON, answers, is_told
+from ..tracking.store import address_of, open_store
 from . import upload
 from .job import Job, identity
 
@@ -37,11 +39,17 @@ HURRY_S = 10.0
 """
 
 PATIENCE_S = 5.0
-"""Seconds spent waiting for an unreachable store after which it is not asked again until the end."""
+"""Seconds spent in vain, waiting or in calls that failed, after which the store is not asked again until the end."""
+
+FRESH_S = 10.0
+"""Seconds after a call that succeeded during which the store is not asked whether it answers."""
 
 QUICK_S = 1.0
 QUICK_SHARE = 0.2
 """An upload between two cells is quick if it takes at most this many seconds, or this share of the cell's own time."""
+
+QUICK_REQUESTS = 10
+"""About as many requests, one after another, make one. From the time of the first it is known whether it is quick."""
 
 REST_S = 60.0
 REST_FACTOR = 10.0
@@ -65,7 +73,8 @@ class RunRecorder:
         self.page: str | None = None
         self.missed: list[str] = []  # not in the store yet; `retry` uploads it
         self.unwritten: list[str] = []  # could not be written to the disk
-        self.waited_s = 0.0
+        self.waited_s = 0.0  # in vain
+        self.heard_at = -FRESH_S  # time of `time.monotonic` at which the last call succeeded
         self.rests_until = 0.0  # time of `time.monotonic` before which nothing is uploaded between cells
         self.hurried = False  # the command was interrupted
 
@@ -146,7 +155,9 @@ class RunRecorder:
         started = time.monotonic()
         if self.store is None or started < self.rests_until:
             return
-        if not job.run_id:
+        quick_s = max(QUICK_S, QUICK_SHARE * (result.ended_ms - result.started_ms) / 1000)
+        done = self._answers(self.store) and QUICK_REQUESTS * (time.monotonic() - started) <= quick_s
+        if done and not job.run_id:
             self.begin(job, result.started_ms)
         asked = self.asked if self.parent_name is None else {}
 
@@ -154,9 +165,9 @@ class RunRecorder:
             runs.upload_figures(store, job.run_id, result, job.folder / "artifacts", asked)
             return True
 
-        done = bool(job.run_id) and self._call_store(job.name, send)
+        done = done and bool(job.run_id and self._call_store(job.name, send))
         took = time.monotonic() - started
-        if not done or took > max(QUICK_S, QUICK_SHARE * (result.ended_ms - result.started_ms) / 1000):
+        if not done or took > quick_s:
             self.rests_until = time.monotonic() + max(REST_S, REST_FACTOR * took)
 
     def end(self, run_id: str, outcome: str) -> None:
@@ -201,6 +212,19 @@ class RunRecorder:
         until = time.monotonic() + HURRY_S
         self.missed += self._call_store("the cells", lambda store: self._complete(store, jobs, until)) or []
 
+    def end_strays(self, jobs: Sequence[Job]) -> None:
+        """End the sweep's runs that are open and not known here: the answer to their beginning was lost."""
+        if self.hurried or self.missed:
+            return  # the upload of what is missing ends them
+        known = {self.parent_id, *(job.run_id for job in jobs)}
+
+        def end(store: Store) -> None:
+            for run_id in search.open_runs(store, self.folder.name):
+                if run_id not in known:
+                    runs.end_run(store, run_id, "interrupted")
+
+        self._call_store("runs that were begun twice", end)
+
     def retry(self, jobs: Sequence[Job]) -> None:
         """Upload what the store does not have yet, if it answers now."""
         if not self.missed:
@@ -229,22 +253,25 @@ class RunRecorder:
 
     def _call_store(self, name: str, action: Callable[[Store], T]) -> T | None:
         """Call `action` with the store if it answers. Returns None if it does not, or if `action` fails."""
-        if self.store is None or not self._answers(self.store):
+        is_fresh = time.monotonic() - self.heard_at < FRESH_S
+        if self.store is None or not (is_fresh or self._answers(self.store)):
             self.missed.append(f"{name}: the store does not answer")
             return None
+        started, self.heard_at = time.monotonic(), -FRESH_S
         try:
-            return action(self.store)
+            done = action(self.store)
+            self.heard_at = time.monotonic()
+            return done
         except KeyboardInterrupt:
             if not self.hurried:
                 raise
             self.missed.append(f"{name}: interrupted")
             return None
         except Exception as error:
-            self.missed.append(f"{name}: {first_line(error)}")
-            self.warn(
-                f"Not uploaded: {name}: {first_line(error)}. "
-                f"It is kept in {self.folder}, and the upload is tried again at the end."
-            )
+            self.waited_s += time.monotonic() - started
+            said = f"{name}: {reason(error)}"
+            self.missed.append(said)
+            self.warn(f"Not uploaded: {said}. It is kept in {self.folder}, and the upload is tried again at the end.")
             return None
 
     def _answers(self, store: Store) -> bool:

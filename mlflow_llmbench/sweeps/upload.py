@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,9 +33,10 @@ from ..records.verdicts import OUTCOMES
 from ..reports import artifacts, sweep
 from ..reports.result import Row, row_of, with_figures
 from ..tracking import view
+from ..tracking.explanations import plain_errors, reason
 from ..tracking.runs import PARENT_TAG, begin_run, end_run, log_figures, upload_cell, upload_parent
 from ..tracking.search import runs_of_sweep
-from ..tracking.store import UPLOADED_TAG, Store, open_store, plain_errors, ui_command
+from ..tracking.store import UPLOADED_TAG, Store, open_store, ui_command
 from .cross_cell import cross_findings
 from .job import Job, identity, read_job
 from .results import failed_result, measured_result
@@ -162,8 +164,8 @@ def complete(root: Path, store: Store, until: float | None = None) -> Uploaded:
         return done
     if runs:  # the children of a run are in its experiment
         store = dataclasses.replace(store, experiment_id=runs[0].info.experiment_id)
-    parent = next((r for r in runs if PARENT_TAG not in r.data.tags), None) if known["parent"] else None
-    by_cell = {run.data.tags.get("llmbench.cell", ""): run for run in runs if run is not parent}
+    by_cell = _one_for_each(store, runs)
+    parent = by_cell.pop("", None) if known["parent"] else None
     outcome = _outcome(root, [cell.result for cell in results.cells], known["cells"])
     lost = [name for name in results.problems if name not in by_cell or UPLOADED_TAG not in by_cell[name].data.tags]
     outcome = "error" if outcome == "ok" and lost else outcome
@@ -188,6 +190,23 @@ def complete(root: Path, store: Store, until: float | None = None) -> Uploaded:
     if until is None and done.parent_id:
         _complete_parent(root, store, parent, measured, found_across.figures, outcome, done)
     return done
+
+
+def _one_for_each(store: Store, runs: Sequence[Run]) -> dict[str, Run]:
+    """Return the run of each cell, and under "" the sweep's own, which has no cell. Ends others that are RUNNING.
+
+    There are several if the answer to the beginning of one was lost, and it was begun again.
+    """
+    found: dict[str, Run] = {}
+    children = Counter(run.data.tags.get(PARENT_TAG) for run in runs)
+    for run in sorted(
+        runs, key=lambda one: (UPLOADED_TAG in one.data.tags, children[one.info.run_id], len(one.data.metrics))
+    ):
+        other = found.get(name := run.data.tags.get("llmbench.cell", ""))
+        if other and other.info.status == "RUNNING":
+            end_run(store, other.info.run_id, "interrupted")
+        found[name] = run
+    return found
 
 
 def _complete_parent(
@@ -251,7 +270,7 @@ def _complete_cell(
     except Exception as error:
         end_run(store, run_id, "error")  # raises if the store is away
         done.refused = True
-        done.problems.append(f"{job.name}: {first_line(error)}")
+        done.problems.append(f"{job.name}: {reason(error)}")
     return run_id
 
 

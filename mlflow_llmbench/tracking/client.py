@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from ..measure.own_files import copy_own_files, refused_files
+from ..measure.own_files import copy_own_files, own_files, refused_files
 from ..records.redaction import masker
 
 if TYPE_CHECKING:
@@ -24,8 +25,8 @@ TEXTS = frozenset(
 )  # fmt: skip
 """Methods that write texts. Each text in their arguments is masked."""
 
-FOLDERS = {"log_artifacts": 1, "log_model_artifacts": 1}
-"""Methods that upload a folder → the position of the folder. Only its own files are uploaded."""
+AT_ONCE = 8
+"""Files of a folder that are sent at the same time. A distant store takes seconds for each, however small."""
 
 
 def guarded_client() -> MlflowClient:
@@ -43,9 +44,28 @@ class _Guarded:
         method = getattr(self._client, name)
         if name in TEXTS:
             return lambda *given, **named: _write(method, given, named)
-        if name in FOLDERS:
-            return lambda *given, **named: _upload(method, FOLDERS[name], given, named)
+        if name == "log_model_artifacts":
+            return lambda model_id, local_dir, *under, **named: _upload_own(
+                lambda folder: method(model_id, folder, *under, **named), Path(local_dir)
+            )
         return method
+
+    def log_artifacts(self, run_id: str, local_dir: str, artifact_path: str | None = None) -> None:
+        """Upload the files of a folder to a run, below `artifact_path`.
+
+        The first is sent alone, so that a store that refuses is asked once.
+        """
+        folder = Path(local_dir)
+
+        def send(file: Path) -> None:
+            under = PurePosixPath(artifact_path or "", file.parent.relative_to(folder).as_posix()).as_posix()
+            self._client.log_artifact(run_id, str(file), None if under == "." else under)
+
+        files = own_files(folder)
+        for file in files[:1]:
+            send(file)
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            list(pool.map(send, files[1:]))
 
 
 def _masked(value: T, mask: Callable[[str], str]) -> T:
@@ -71,11 +91,10 @@ def _write(method: Callable[..., Any], given: tuple[Any, ...], named: dict[str, 
     return method(*given, **named)
 
 
-def _upload(method: Any, position: int, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+def _upload_own(upload: Callable[[str], Any], folder: Path) -> Any:
     """Upload a folder; if it has links, a copy of its own files."""
-    folder = Path(given[position])
     if not refused_files(folder):
-        return method(*given, **named)
+        return upload(str(folder))
     with tempfile.TemporaryDirectory() as scratch:
         copy_own_files(folder, Path(scratch, "own"))
-        return method(*given[:position], str(Path(scratch, "own")), *given[position + 1 :], **named)
+        return upload(str(Path(scratch, "own")))

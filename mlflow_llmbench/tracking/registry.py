@@ -32,9 +32,10 @@ from ..records.reading import Unreadable
 from ..records.redaction import redact
 from ..records.results import RunResult
 from ..reports.result import summary_markdown
+from .explanations import plain_errors
 from .runs import PARENT_TAG, cell_params, set_tags
 from .search import RUN_REFERENCE, cells_of_run, download_result, runs_of_sweep
-from .store import Store, plain_errors
+from .store import Store
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..analysis.summary import Point, gpu_of, series, summarize
 from ..analysis.verdict import judge
@@ -25,9 +27,13 @@ from ..records.redaction import redact, redact_all
 from ..records.results import SCHEMA, RunResult, Verdict
 from ..records.verdicts import OUTCOMES
 from ..reports.result import summary_markdown
+from .explanations import plain_errors
 from .run_context import fingerprint_tags
 from .search import RUN_REFERENCE, require_run
-from .store import UPLOADED_TAG, Store, plain_errors
+from .store import UPLOADED_TAG, Store
+
+if TYPE_CHECKING:
+    from mlflow.entities import Metric
 
 PARENT_TAG = "mlflow.parentRunId"
 TABLES_TAG = "mlflow.loggedArtifacts"  # MLflow's own, which `log_table` sets
@@ -67,8 +73,7 @@ def begin_run(
             run = store.client.get_run(store.given_run_id)
             if GENERATED_NAME.fullmatch(run.info.run_name or ""):
                 store.client.update_run(run.info.run_id, name=name)
-            for key, value in tags.items():
-                store.client.set_tag(run.info.run_id, key, value)
+            log_tags(store, run.info.run_id, tags)
             return str(run.info.run_id)
         tags |= {MLFLOW_RUN_NAME: name, MLFLOW_SOURCE_NAME: "llmbench", MLFLOW_SOURCE_TYPE: "LOCAL"}
         with contextlib.suppress(Exception):
@@ -86,13 +91,29 @@ def end_run(store: Store, run_id: str, outcome: str, ended_ms: int | None = None
     The run that MLFLOW_RUN_ID names ends now: somebody else has begun it, perhaps after what was measured before.
     """
     now = int(time.time() * 1000)
-    store.client.set_terminated(
-        run_id, OUTCOMES[outcome], now if ended_ms is None or run_id == store.given_run_id else ended_ms
-    )
+    with _unsaid():
+        store.client.set_terminated(
+            run_id, OUTCOMES[outcome], now if ended_ms is None or run_id == store.given_run_id else ended_ms
+        )
 
 
-def log_params(store: Store, run_id: str, params: Mapping[str, str]) -> None:
-    """Log the params that a run does not have yet.
+@contextlib.contextmanager
+def _unsaid() -> Iterator[None]:
+    """Keep MLflow from asking a server for a run that has ended, and printing its address on standard output."""
+    name = "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"
+    before = os.environ.get(name)
+    os.environ[name] = "true"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def log_values(store: Store, run_id: str, params: Mapping[str, str], points: Sequence[Point]) -> None:
+    """Log the params that a run does not have yet, and points, in as few requests as a server accepts.
 
     `mlflow run` has already logged the MLproject's parameters, shell-quoted. Raises TrackingError if one has another
     value after unquoting, because then the run belongs to another configuration.
@@ -101,8 +122,13 @@ def log_params(store: Store, run_id: str, params: Mapping[str, str]) -> None:
 
     there = _agreed_params(store, run_id, params, "was measured. Use a new run.")
     missing = [Param(key, value) for key, value in redact_all(params).items() if key not in there]
-    for start in range(0, len(missing), 100):
-        store.client.log_batch(run_id, params=missing[start : start + 100])
+    store.client.log_batch(run_id, _as_metrics(points), missing)
+
+
+def _as_metrics(points: Sequence[Point]) -> list[Metric]:
+    from mlflow.entities import Metric
+
+    return [Metric(p.key, p.value, p.wall_ms, p.step) for p in points]
 
 
 def _unquoted(text: str) -> str:
@@ -128,15 +154,17 @@ def upload_cell(store: Store, run_id: str, result: RunResult, artifacts: Path, a
     metrics = summarize(result)
     verdict = judge(result, metrics)
     note = _linked(store, result) + summary_markdown(result, metrics, None if result.failure else verdict)
-    _log_cell(store, run_id, result, [*_points(result, metrics), *series(result)], artifacts, asked)
-    log_tags(store, run_id, cell_tags(result, verdict) | {"mlflow.note.content": note, UPLOADED_TAG: "true"})
+    tables = _log_cell(store, run_id, result, [*_points(result, metrics), *series(result)], artifacts, asked)
+    tags = cell_tags(result, verdict) | tables | {"mlflow.note.content": note, UPLOADED_TAG: "true"}
+    log_tags(store, run_id, tags)
 
 
 def upload_figures(store: Store, run_id: str, result: RunResult, artifacts: Path, asked: Mapping[str, str]) -> None:
     """Upload what `upload_cell` does, but no series and neither outcome nor verdict: more of the result is to come."""
     metrics = summarize(result)
-    _log_cell(store, run_id, result, _points(result, metrics), artifacts, asked)
-    log_tags(store, run_id, {"mlflow.note.content": summary_markdown(result, metrics, judge(result, metrics))})
+    tables = _log_cell(store, run_id, result, _points(result, metrics), artifacts, asked)
+    note = summary_markdown(result, metrics, judge(result, metrics))
+    log_tags(store, run_id, tables | {"mlflow.note.content": note})
 
 
 def _points(result: RunResult, metrics: Mapping[str, float]) -> list[Point]:
@@ -150,12 +178,12 @@ def _log_cell(
     points: Sequence[Point],
     artifacts: Path,
     asked: Mapping[str, str],
-) -> None:
+) -> dict[str, str]:
+    """Log params, points, workload and artifacts of a cell. Returns the tag of its tables."""
     facts = {key: str(value) for key, value in (result.load.facts if result.load else {}).items()}
-    log_params(store, run_id, {**cell_params(result.cell), **asked, **facts})
-    log_metrics(store, run_id, points)
+    log_values(store, run_id, {**cell_params(result.cell), **asked, **facts}, points)
     _log_workload(store, run_id, result)
-    _log_artifacts(store, run_id, artifacts)
+    return _log_artifacts(store, run_id, artifacts)
 
 
 def _linked(store: Store, result: RunResult) -> str:
@@ -209,18 +237,9 @@ def log_tags(store: Store, run_id: str, tags: Mapping[str, str]) -> None:
     store.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in redact_all(tags).items()])
 
 
-def log_metrics(store: Store, run_id: str, points: Sequence[Point]) -> None:
-    """Log points, a thousand per request, which is the most that a server accepts."""
-    from mlflow.entities import Metric
-
-    values = [Metric(p.key, p.value, p.wall_ms, p.step) for p in points]
-    for start in range(0, len(values), 1000):
-        store.client.log_batch(run_id, metrics=values[start : start + 1000])
-
-
 def log_figures(store: Store, run_id: str, figures: Mapping[str, float], at_ms: int) -> None:
     """Log summary metrics that compare a run with other runs. Repeating it changes nothing."""
-    log_metrics(store, run_id, [Point(key, 0, value, at_ms) for key, value in figures.items()])
+    store.client.log_batch(run_id, _as_metrics([Point(key, 0, value, at_ms) for key, value in figures.items()]))
 
 
 def _log_workload(store: Store, run_id: str, result: RunResult) -> None:
@@ -272,22 +291,19 @@ def upload_parent(
 
     `tags` are named without the prefix `llmbench.`.
     """
-    log_params(store, run_id, params)
-    log_metrics(store, run_id, figures)
+    log_values(store, run_id, params, figures)
+    tables = _log_artifacts(store, run_id, artifacts) if artifacts.is_dir() else {}
     named = {f"llmbench.{name}": value for name, value in tags.items()}
-    log_tags(store, run_id, {"mlflow.note.content": note, "llmbench.schema": str(SCHEMA), **named})
-    if artifacts.is_dir():
-        _log_artifacts(store, run_id, artifacts)
-    store.client.set_tag(run_id, UPLOADED_TAG, "true")
+    ours = {"mlflow.note.content": note, "llmbench.schema": str(SCHEMA), UPLOADED_TAG: "true"}
+    log_tags(store, run_id, tables | named | ours)
 
 
-def _log_artifacts(store: Store, run_id: str, folder: Path) -> None:
-    """Log all files of a folder, and list its tables in the tag that the UI's comparison reads, `texts.json` first."""
+def _log_artifacts(store: Store, run_id: str, folder: Path) -> dict[str, str]:
+    """Log all files of a folder. Returns the tag that lists its tables for the UI's comparison, `texts.json` first."""
     store.client.log_artifacts(run_id, str(folder))
     tables = sorted(folder.glob("tables/*.json"), key=lambda file: (file.name != "texts.json", file.name))
-    if tables:
-        named = [{"path": file.relative_to(folder).as_posix(), "type": "table"} for file in tables]
-        store.client.set_tag(run_id, TABLES_TAG, json.dumps(named))
+    named = [{"path": file.relative_to(folder).as_posix(), "type": "table"} for file in tables]
+    return {TABLES_TAG: json.dumps(named)} if named else {}
 
 
 def log_folder(store: Store, run_id: str, folder: Path, under: str) -> None:
@@ -300,5 +316,4 @@ def log_folder(store: Store, run_id: str, folder: Path, under: str) -> None:
 def set_tags(store: Store, run_id: str, tags: Mapping[str, str]) -> None:
     """Set tags on a run, named without the prefix `llmbench.`. Raises TrackingError if the run does not exist."""
     with plain_errors(store.uri):
-        for name, value in tags.items():
-            store.client.set_tag(run_id, f"llmbench.{name}", redact(value)[:5000])
+        log_tags(store, run_id, {f"llmbench.{name}": redact(value)[:5000] for name, value in tags.items()})

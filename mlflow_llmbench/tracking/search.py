@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..records.errors import TrackingError, first_line
+from ..records.errors import TrackingError
 from ..records.invocation import command_text
 from ..records.results import SCHEMA, Hashes
-from .store import UPLOADED_TAG, Store, plain_errors, without_user
+from .explanations import plain_errors, reason
+from .reach import without_user
+from .store import UPLOADED_TAG, Store
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -49,6 +51,12 @@ def runs_of_sweep(store: Store, sweep: str) -> list[Run]:
     return list(store.client.search_runs(experiments, f"tags.`llmbench.sweep` = '{sweep}'", max_results=50_000))
 
 
+def open_runs(store: Store, sweep: str) -> list[str]:
+    """Return the ids of a sweep's runs in the store's experiment that are RUNNING."""
+    wanted = f"tags.`llmbench.sweep` = '{sweep}' and attributes.status = 'RUNNING'"
+    return [str(run.info.run_id) for run in store.client.search_runs([store.experiment_id], wanted, max_results=1000)]
+
+
 def cells_of_sweep(store: Store, sweep: str) -> list[str]:
     """Return the ids of a sweep's runs that hold a result, in the order in which they started."""
     runs = [r for r in runs_of_sweep(store, sweep) if "llmbench.outcome" in r.data.tags]
@@ -78,7 +86,7 @@ def download_result(store: Store, run_id: str, folder: Path) -> Path:
         store.client.download_artifacts(run_id, "result.json", str(folder))
     except (MlflowException, OSError) as error:
         raise TrackingError(
-            f"The run {run_id} has no result.json that can be read: {first_line(error)}. "
+            f"The run {run_id} has no result.json that can be read: {reason(error)}. "
             f"`{command_text('upload', 'FOLDER')}` completes a run."
         ) from None
     return folder

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from ..records.errors import first_line
 from ..records.metric import Panel
 from ..records.metrics import ITL_BY_TOKEN, ITL_PERCENTILES, OUTPUT_RATE, PEAK_MEMORY, SECTIONS, SERIES, TTFT, by_name
-from .store import without_user
+from .reach import without_user
 
 if TYPE_CHECKING:
     from ..reports.result import Row

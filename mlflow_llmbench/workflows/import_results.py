@@ -91,10 +91,8 @@ def _log(store: Store, one: Foreign, identity: dict[str, str], file: str, conten
     run_id = runs.begin_run(store, one.name, identity, started_ms=now)
     outcome = "error"
     try:
-        runs.log_params(store, run_id, dict(one.params))
-        runs.log_metrics(
-            store, run_id, [Point(key, 0, value, now) for key, value in {**one.own, **one.metrics}.items()]
-        )
+        points = [Point(key, 0, value, now) for key, value in {**one.own, **one.metrics}.items()]
+        runs.log_values(store, run_id, dict(one.params), points)
         told = {"source_version": one.version, "tokens_by": one.tokens_by, "translated": ", ".join(sorted(one.metrics))}
         runs.set_tags(store, run_id, {name: value for name, value in told.items() if value})
         with tempfile.TemporaryDirectory() as scratch:

@@ -296,9 +296,8 @@ class _Job:
     def _log(self, done: Trained, run_id: str, files: Path) -> None:
         """Log params, tags, datasets, metrics and artifacts."""
         now = int(time.time() * 1000)
-        runs.log_params(self.store, run_id, {**self._params(), **self.asked})
         figures = [Point(key, 0, value, now) for key, value in training_figures(done).items()]
-        runs.log_metrics(self.store, run_id, [*self.losses, *figures])
+        runs.log_values(self.store, run_id, {**self._params(), **self.asked}, [*self.losses, *figures])
         for context, text in (("training", self.texts.training), ("evaluation", self.texts.held_out)):
             name = self.texts.name if context == "training" else f"{self.texts.name}, held out"
             runs.log_dataset(

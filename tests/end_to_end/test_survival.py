@@ -430,24 +430,6 @@ def test_a_server_that_is_away_from_start_to_end_costs_little_and_loses_nothing(
     assert {status for status, _ in states(store_uri).values()} == {"FINISHED"}
 
 
-def test_a_server_that_hangs_is_waited_for_a_few_seconds_in_all(store_uri: str, tmp_path: Path) -> None:
-    """A server that accepts connections and never answers, like a stopped one."""
-    import socket
-
-    with socket.socket() as silent:
-        silent.bind(("127.0.0.1", 0))
-        silent.listen(64)
-        started = time.monotonic()
-        alone = fake(batch_size="1,2", threads="1,2,3", rerun=True).outcome
-        usual = time.monotonic() - started
-        started = time.monotonic()
-        result = fake(
-            batch_size="1,2", threads="1,2,3", rerun=True, tracking_uri=f"http://127.0.0.1:{silent.getsockname()[1]}"
-        )
-        assert (alone, result.outcome) == ("ok", "ok")
-        assert time.monotonic() - started < usual + 12 + 0.5 * usual
-
-
 def test_a_server_that_goes_and_comes_back_has_everything_in_the_end(store_uri: str, tmp_path: Path) -> None:
     """The server is behind a proxy that closes when the first cell is done, and opens when the second is."""
 

@@ -162,8 +162,8 @@ def test_a_store_that_is_not_quick_gets_the_later_cells_at_the_end(
     store_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every upload counts as slow here, so that only the first is tried between cells."""
-    monkeypatch.setattr(run_recorder, "QUICK_S", -1.0)
-    monkeypatch.setattr(run_recorder, "QUICK_SHARE", -1.0)
+    for name in ("QUICK_S", "QUICK_SHARE", "QUICK_REQUESTS"):
+        monkeypatch.setattr(run_recorder, name, 0)
     seen: dict[str, Any] = {}
 
     def look() -> None:

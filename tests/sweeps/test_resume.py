@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
@@ -18,6 +19,7 @@ from mlflow_llmbench import run
 from mlflow_llmbench.measure import journal
 from mlflow_llmbench.measure.events import CellBegun, CellCompleted, Event
 from mlflow_llmbench.records.results import RunResult
+from mlflow_llmbench.sweeps import resume
 from mlflow_llmbench.sweeps.progress import NullListener
 from mlflow_llmbench.sweeps.sweep import SweepResult
 from mlflow_llmbench.sweeps.upload import upload
@@ -152,6 +154,7 @@ KILLING = """
 import os, signal
 from mlflow_llmbench import run
 from mlflow_llmbench.measure.events import CellBegun
+from mlflow_llmbench.sweeps import resume
 from mlflow_llmbench.sweeps.progress import NullListener
 
 class Killing(NullListener):
@@ -250,3 +253,27 @@ def test_no_run_ends_before_it_begins(store_uri: str) -> None:
     assert len(found) == 3 and all(one.info.start_time <= one.info.end_time for one in found.values())
     upload(str(refused.folder), store_uri)
     assert all(one.info.start_time <= one.info.end_time for one in runs(store_uri).values())
+
+
+def test_a_store_that_keeps_failing_is_not_tried_for_each_sweep_of_before(
+    store_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each failure exhausts the patience with the store here; the sweeps are completed when it works."""
+
+    def failing(*_: Any) -> None:
+        raise OSError("no room")
+
+    def notes() -> list[str]:
+        listener = Stopping(-1)
+        fake(rerun=True, processes=1, watcher=listener)
+        return [note for note in listener.notes if " sweep " in note]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_artifact", failing)
+        for _ in range(3):
+            fake(rerun=True, processes=1)
+        assert len(notes()) == 3
+        patch.setattr(resume, "PATIENCE_S", 0.0)
+        [told] = notes()
+        assert told.startswith("Of the sweep ") and "no room" in told
+    assert len(notes()) == 5

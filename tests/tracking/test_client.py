@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -70,9 +72,36 @@ def test_only_a_folders_own_files_are_uploaded(store_uri: str, tmp_path: Path) -
     ]
 
 
-@pytest.mark.parametrize("name", ["log_artifacts", "log_model_artifacts"])
-def test_methods_that_upload_a_folder_take_it_as_their_second_argument(name: str) -> None:
-    assert list(getattr(MlflowClient, name).__annotations__)[1] == "local_dir"
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("log_artifacts", ["run_id", "local_dir", "artifact_path"]),
+        ("log_model_artifacts", ["model_id", "local_dir", "artifact_path"]),
+    ],
+)
+def test_methods_that_upload_a_folder_have_mlflows_arguments(name: str, arguments: list[str]) -> None:
+    assert list(inspect.signature(getattr(MlflowClient, name)).parameters)[1:] == arguments
+
+
+def test_a_store_that_refuses_the_first_file_is_asked_for_no_other(
+    store_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for number in range(20):
+        (folder / f"{number:02}.txt").write_text("text")
+    asked: list[str] = []
+
+    def refuse(_: Any, run_id: str, file: str, under: str | None) -> None:
+        asked.append(Path(file).name)
+        raise OSError("no")
+
+    store = open_store(store_uri, "x")
+    run = store.client.create_run(store.experiment_id).info.run_id
+    monkeypatch.setattr(MlflowClient, "log_artifact", refuse)
+    with pytest.raises(OSError, match="no"):
+        store.client.log_artifacts(run, str(folder))
+    assert asked == ["00.txt"]
 
 
 @pytest.mark.parametrize("names", [(f"bot-{KEY}", "candidate"), ("bot", KEY)])

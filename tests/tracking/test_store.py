@@ -12,7 +12,8 @@ import pytest
 
 from mlflow_llmbench.cli.main import main
 from mlflow_llmbench.records.errors import StoreAway, TrackingError
-from mlflow_llmbench.tracking.store import AWAY, is_told, open_store, told_at_once
+from mlflow_llmbench.tracking.reach import AWAY, is_told, told_at_once
+from mlflow_llmbench.tracking.store import open_store
 
 DEAD = "http://127.0.0.1:1"
 FAST = (
@@ -49,7 +50,7 @@ def refusing_server(status: int) -> Iterator[str]:
     ("status", "told"),
     [
         (401, "it asks for a user (401 Unauthorized). Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or"),
-        (403, "its user may not do this (403 Forbidden). Ask for the permission, or set MLFLOW_TRACKING_USERNAME and"),
+        (403, "your user may not do this (403 Forbidden). Ask for the permission, or set MLFLOW_TRACKING_USERNAME and"),
     ],
 )
 def test_a_server_that_wants_a_user(status: int, told: str) -> None:
