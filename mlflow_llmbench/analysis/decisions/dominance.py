@@ -48,7 +48,8 @@ class Judge:
     def compare(self, a: Candidate, b: Candidate) -> Comparison:
         """Compare two candidates that may differ in all that a recommendation can allow."""
         allow = frozenset([*ALLOWABLE, "schema"])
-        return compare(a.result, b.result, noise=self.noise, allow=allow, calibrations=self.calibrations)
+        called = a.name, b.name
+        return compare(a.result, b.result, noise=self.noise, allow=allow, called=called, calibrations=self.calibrations)
 
     def dominates(self, b: Candidate, a: Candidate, objectives: Sequence[Measure]) -> bool:
         """Return True if b is in no metric worse than a by more than the noise threshold, and in some surely better."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 LOG_FROM = 12.0
 """Ratio of the highest to the lowest value from which an axis of values is logarithmic."""
+
+MOST_TICKS = 8
+"""Largest number of places of which each has its name; of more, only the powers of two have."""
 
 Point = tuple[float, float, float, float]  # x, value, low, high
 Values = Callable[[Measured], tuple[float, float, float] | None]
@@ -95,7 +99,9 @@ def _draw_lines(axes: Axes, panel: Panel, tilt: bool) -> None:
         axes.vlines(x, low, high, color=line.colour, linewidth=1.2)
         axes.plot(x, y, line.marker + "-", color=line.colour, linewidth=1.4, markersize=5, label=line.label)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(list(panel.ticks), list(panel.ticks.values()))
+    powers = {x: name for x, name in panel.ticks.items() if math.log2(x).is_integer()}
+    ticks = panel.ticks if tilt or len(panel.ticks) <= MOST_TICKS or len(powers) < 2 else powers
+    axes.set_xticks(list(ticks), list(ticks.values()))
     axes.minorticks_off()
     if tilt:
         named = [f"{name}\n{size:.3g}" for size, name in panel.ticks.items()]

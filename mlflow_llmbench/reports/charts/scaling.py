@@ -125,11 +125,14 @@ def _draw_law(axes: Axes, found: LawFit, predictions: Sequence[Prediction]) -> N
         rival = ranked(found.rivals)[0]
         axes.plot(x, _values(rival, x), color=ORANGE, linewidth=1.4, linestyle=(0, (4, 2)), label="nearest rival")
     places = np.array([place[0] for place in found.fit.x])
+    ends: list[tuple[float, float, float]] = []
     for place, measured, value in zip(places, found.cells, found.fit.y, strict=True):
         interval = t_interval(measured.values(found.metric))
         if interval and interval[1] > interval[0] > 0:
             half = (interval[1] - interval[0]) / 2 * found.law.scale
-            axes.vlines(place, max(value - half, 1e-12), value + half, color=INK, linewidth=1.2)
+            ends.append((place, max(value - half, 1e-12), value + half))
+    if ends:
+        axes.vlines(*zip(*ends, strict=True), color=INK, linewidth=1.2)
     axes.plot(places, found.fit.y, "o", color=INK, markersize=5, markeredgewidth=0, label="measured", zorder=4)
     if predictions:
         at = [p.x[0] for p in predictions]

@@ -94,17 +94,14 @@ def _shape(measured: Measured) -> tuple[float, int]:
 
 def _draw_ratios(axes: Axes, own: Sequence[QuantEffect], shapes: Sequence[tuple[float, int]]) -> None:
     quants = [quant for quant in COLOURS if any(e.quant == quant for e in own)]
+    drawn: dict[str, list[tuple[float, Ratio]]] = {}
     for effect in own:
         if _shape(effect.measured) not in shapes:
             continue
         shift = 0.22 * (quants.index(effect.quant) - (len(quants) - 1) / 2) if effect.quant in quants else 0.0
-        _draw_ratio(
-            axes,
-            shapes.index(_shape(effect.measured)) - shift,
-            effect.speed,
-            COLOURS.get(effect.quant, BROWN),
-            effect.quant,
-        )
+        drawn.setdefault(effect.quant, []).append((shapes.index(_shape(effect.measured)) - shift, effect.speed))
+    for quant, ratios in drawn.items():
+        _draw_ratio(axes, ratios, COLOURS.get(quant, BROWN), quant)
     axes.axvline(1.0, color=INK, linewidth=1.0, zorder=1)
     axes.set(
         yticks=range(len(shapes)),
@@ -114,10 +111,13 @@ def _draw_ratios(axes: Axes, own: Sequence[QuantEffect], shapes: Sequence[tuple[
     axes.grid(visible=True, axis="x")
 
 
-def _draw_ratio(axes: Axes, y: float, speed: Ratio, colour: str, label: str) -> None:
-    if speed.low is not None and speed.high is not None:
-        axes.hlines(y, speed.low, speed.high, color=colour, linewidth=1.3)
-    axes.plot([speed.value], [y], "o", color=colour, markersize=4.5, label=label, zorder=3)
+def _draw_ratio(axes: Axes, ratios: Sequence[tuple[float, Ratio]], colour: str, label: str) -> None:
+    """Draw ratios, each at its height, with their intervals."""
+    ends = [(y, one.low, one.high) for y, one in ratios if one.low is not None and one.high is not None]
+    if ends:
+        axes.hlines(*zip(*ends, strict=True), color=colour, linewidth=1.3)
+    places, values = [y for y, _ in ratios], [one.value for _, one in ratios]
+    axes.plot(values, places, "o", color=colour, markersize=4.5, label=label, zorder=3)
 
 
 def _radar(data: FigureData) -> Drawing:
@@ -287,7 +287,7 @@ def _machines(data: FigureData) -> Drawing:
     others = list(dict.fromkeys(one.second for one in shown))
     colours = (BLUE, "#d9820f", "#2e8b57", "#c0392b", "#8e44ad")
     for y, one in enumerate(reversed(shown)):
-        _draw_ratio(axes, y, one.speed, colours[others.index(one.second) % len(colours)], one.second)
+        _draw_ratio(axes, [(y, one.speed)], colours[others.index(one.second) % len(colours)], one.second)
     axes.axvline(1.0, color=INK, linewidth=1.0, zorder=1)
     axes.set(
         yticks=range(len(shown)),
