@@ -254,11 +254,9 @@ def test_a_server_that_is_away_refuses(server: str) -> None:
     ],
 )
 def test_limits_of_time_end_a_request(server: str, script: str, limits: Limits, message: str) -> None:
-    started = time.monotonic()
     records, _ = send(server, script, Load(requests=2, concurrency=2), limits, output_tokens=100)
     assert [r.outcome for r in records] == ["timeout"] * 2
     assert message in records[0].message
-    assert time.monotonic() - started < 10
 
 
 def peak_kb(reset: bool = False) -> int:

@@ -115,6 +115,7 @@ REPEATED = (
     "token=", "token=a", "token =", "--token=", "sk-", "sk-a", "eyJ", "eyJaaaaaaaa.", "hf_", "hf_a", "//", "//u:",
     "//u:@", "://", "?a.", "?key", "password", "password=", "bearer ", "basic ", "authorization=", "-----BEGIN ",
     "--api-key", "cookie:", "-----BEGIN PRIVATE KEY-----", "SG.", "_", "a", "@",
+    "//a:b", "token ", "x-y_z.", "?a=b;",
 )  # fmt: skip
 """Beginnings of secrets. With look-aheads, texts of 40 kB of one of them took up to 9 s, growing with the square."""
 
@@ -303,20 +304,6 @@ def test_a_log_is_rewritten_only_where_it_must_be(tmp_path: Path, monkeypatch: p
     assert (tmp_path / "plain.log").read_bytes() == b"\xff is no text\r\n"
     assert (tmp_path / "bad.log").read_bytes() == "\N{REPLACEMENT CHARACTER} ***\r\n".encode()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.log", "plain.log"]
-
-
-def test_long_texts_take_no_long_time() -> None:
-    """No pattern may scan a text again for each of its characters."""
-    import time
-
-    def seconds(text: str) -> float:
-        started = time.process_time()
-        redact(text)
-        return time.process_time() - started
-
-    for piece in ("a", "//a:b", "token ", "x-y_z.", "?a=b;", "eyJ", "hf_a"):
-        seconds(piece * 100)
-        assert seconds(piece * 40_000) < 50 * max(seconds(piece * 4_000), 0.002), piece
 
 
 def test_the_module_needs_no_other_of_ours() -> None:

@@ -6,7 +6,6 @@ import base64
 import dataclasses
 import re
 import shlex
-import time
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from mlflow_llmbench.cli.main import parse as parse_call
 from mlflow_llmbench.config.cells import LOADED, expand_cells, sweep_name
 from mlflow_llmbench.config.spec import parse
 from mlflow_llmbench.measure.events import StageMemory
-from mlflow_llmbench.measure.journal import read_result, write_json
 from mlflow_llmbench.measure.outcome import CellSpan, GroupOutcome, timeline_of
 from mlflow_llmbench.records.cell import PARAMETERS, Cell
 from mlflow_llmbench.records.metrics import ITL
@@ -32,6 +30,7 @@ from mlflow_llmbench.reports.sweep import Overview, Subject, description, headli
 from mlflow_llmbench.sweeps.upload import upload
 
 from ..analysis.test_comparison import MACHINE, MS, result
+from ..work import calls
 
 RATE, TTFT, PEAK = "throughput/output_tokens_per_s", "latency/ttft_ms_p50", "memory/host_needed_bytes_peak"
 VARIED = ["quant", "batch_size"]
@@ -495,28 +494,29 @@ def plain_result(number: int) -> RunResult:
     )
 
 
-def test_a_report_of_a_hundred_cells_takes_no_longer_than_reading_its_data(tmp_path: Path) -> None:
-    """The ratio of two times in one process, each the least of three, after charts were drawn; goal: 1.5 (P15)."""
-    for number in range(100):
-        write_json(tmp_path / str(number) / "result.json", plain_result(number))
-    about = subject(quant="int4", batch_size=",".join(str(number + 1) for number in range(100)))
-    reading, writing = [], []
-    for _ in range(3):
-        start = time.perf_counter()
-        results = [read_result(tmp_path / str(number)) for number in range(100)]
-        reading.append(time.perf_counter() - start)
-        rows = [(row_of(one), "0" * 32) for one in results]
-        start = time.perf_counter()
-        artifacts.write_sweep(rows, about, tmp_path / "comparison", draw=False)
-        writing.append(time.perf_counter() - start)
+def test_the_work_of_a_report_grows_with_its_cells(tmp_path: Path) -> None:
+    def work(count: int) -> int:
+        about = subject(quant="int4", batch_size=",".join(str(number + 1) for number in range(count)))
+        rows = [(row_of(plain_result(number)), "0" * 32) for number in range(count)]
+        return calls(lambda: artifacts.write_sweep(rows, about, tmp_path / "comparison", draw=False))
+
+    work(2)  # what is loaded at first use
+    few, many = work(25), work(100)
     assert (tmp_path / "comparison" / "report.html").read_text(encoding="utf-8").count("<tr>") > 100
-    assert min(writing) <= 1.5 * min(reading), (reading, writing)
+    assert many < 6 * few
 
 
-def test_frontiers_of_many_cells_take_no_square_of_time() -> None:
-    """2,000 incomparable cells of one load are the worst case of the frontier. A plan holds no more."""
-    cells = expand_cells(parse({"batch_size": list(range(1, 41)), "output_tokens": list(range(1, 51))}))
-    start = time.perf_counter()
-    [found] = frontiers((sweep.Attempt(cell, "ok") for cell in cells), LOADED)
-    assert [one.cell.batch_size for one in found.fits] == [40]
-    assert time.perf_counter() - start < 60
+def test_the_work_of_finding_what_fits_grows_with_the_cells() -> None:
+    """Incomparable cells of one load are the worst case of the frontier."""
+
+    def work(batches: int, lengths: int) -> int:
+        cells = expand_cells(parse({"batch_size": [*range(1, batches + 1)], "output_tokens": [*range(1, lengths + 1)]}))
+        attempts = [sweep.Attempt(cell, "ok") for cell in cells]
+
+        def find() -> None:
+            [found] = frontiers(iter(attempts), LOADED)
+            assert [one.cell.batch_size for one in found.fits] == [batches]
+
+        return calls(find)
+
+    assert work(40, 50) < 8 * work(20, 25)

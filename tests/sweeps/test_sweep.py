@@ -319,11 +319,9 @@ def test_log_floods_are_counted_not_kept(store_uri: str) -> None:
 def test_what_cannot_work_is_said_before_anything_starts(
     store_uri: str, parameters: dict[str, Any], error: type[LlmbenchError], message: str
 ) -> None:
-    started = time.monotonic()
     with pytest.raises(error, match=message) as caught:
         run(**(FAST | {"model": "fake:"} | parameters))
     assert "\n" not in str(caught.value)
-    assert time.monotonic() - started < 60
     client = MlflowClient(store_uri)
     assert client.search_runs([e.experiment_id for e in client.search_experiments()]) == []
 
@@ -389,11 +387,9 @@ def test_interrupting_keeps_what_is_known_and_ends_every_run(store_uri: str, tmp
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("llmbench-results/*/*/events.jsonl")) and time.monotonic() < deadline:
         time.sleep(0.1)
-    started = time.monotonic()
     process.send_signal(getattr(signal, how))
     output, errors = process.communicate(timeout=200)
     assert process.returncode == 130, errors
-    assert time.monotonic() - started < 60
     client = MlflowClient(store_uri)
     runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
     assert {r.info.status for r in runs} == {"KILLED"}
