@@ -16,10 +16,10 @@ from ..records.redaction import redact
 LONGEST_ADVICE = 1500
 """Most characters of an error of MLflow that are shown. What to do often stands at its end."""
 
+NO_ANSWER = r"(Connection refused|Name or service not known|Remote end closed connection|Connection reset)"
 KNOWN_REASONS = (
-    r"(Connection refused|Name or service not known|Permission denied|password authentication failed for user \S+"
-    r"|(?:database|role) \S+ does not exist|unable to open database file|attempt to write a readonly database"
-    r"|already exists|Remote end closed connection|Connection reset)"
+    r"(Permission denied|password authentication failed for user \S+|(?:database|role) \S+ does not exist"
+    r"|unable to open database file|attempt to write a readonly database|already exists)"
 )
 
 DISTRIBUTIONS = {
@@ -71,8 +71,10 @@ def _known(error: Exception) -> str:
         return f"the package {error.name} is not installed. Run: {install_command(error.name)}"
     if "nable to locate credentials" in said:
         return f"the object store asks for credentials. Set {KEYS}"
-    if away := re.search(r'(?:connect to the endpoint|[Tt]imeout on endpoint|endpoint) URL: "?(\w+://[^/"\s]+)', said):
-        return f"the object store {away[1]} does not answer. Check MLFLOW_S3_ENDPOINT_URL and that it runs"
+    if endpoint := re.search(
+        r'(?:connect to the endpoint|[Tt]imeout on endpoint|endpoint) URL: "?(\w+://[^/"\s]+)', said
+    ):
+        return f"the object store {endpoint[1]} does not answer. Check MLFLOW_S3_ENDPOINT_URL and that it runs"
     failed = re.search(r"too many (?P<code>5\d\d) error responses", said)
     if "/mlflow-artifacts/" in said and (failed or "Connection reset" in said):
         how = f"HTTP {failed['code']}" if failed else "it broke the connection"
@@ -82,8 +84,10 @@ def _known(error: Exception) -> str:
     if re.search(r"[Rr]ead timed out|ReadTimeout", said):
         return "the server has not answered in time. Set MLFLOW_HTTP_REQUEST_TIMEOUT to more seconds if it is slow"
     # mlflow wraps urllib3, which wraps the system; the innermost sentence is the most helpful.
-    inner = re.findall(KNOWN_REASONS, said)
-    return str(inner[-1]) if inner else ""
+    if inner := re.findall(KNOWN_REASONS, said):
+        return str(inner[-1])
+    away = re.findall(NO_ANSWER, said)
+    return f"the server does not answer ({away[-1]})" if away else ""
 
 
 def _text(error: Exception) -> str:

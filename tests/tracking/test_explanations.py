@@ -24,7 +24,7 @@ REASONS = {
         "the server failed (HTTP 503). The reason is in the server's log"
     ),
     f"{CALL} NewConnectionError('Failed to establish a new connection: [Errno 111] Connection refused'))": (
-        "Connection refused"
+        "the server does not answer (Connection refused)"
     ),
     f"{CALL} ReadTimeoutError('Read timed out. (read timeout=10)'))": (
         "the server has not answered in time. Set MLFLOW_HTTP_REQUEST_TIMEOUT to more seconds if it is slow"
@@ -65,7 +65,10 @@ def test_an_error_of_a_store_is_explained(said: str) -> None:
             'FATAL:  database "x" does not exist',
             'database "x" does not exist. Check user, password and database in the address.',
         ),
-        ("Connection refused", "Connection refused. Check the address and that the server runs, or leave it out"),
+        (
+            "Connection refused",
+            "the server does not answer (Connection refused). Check the address and that the server runs, or",
+        ),
         ("no such thing.", "no such thing. Check the address and that the server runs, or leave it out"),
     ],
 )
