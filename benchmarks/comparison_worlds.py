@@ -154,8 +154,11 @@ def several(rng: np.random.Generator, draw: Draw, k: int) -> Sides:
     return Sides(means.mean(1), means.var(1, ddof=1) / PROCESSES, np.full(k, PROCESSES - 1.0), np.full(k, PROCESSES))
 
 
-def calibrations(rng: np.random.Generator, draw: Draw, counts: NDArray[np.intp]) -> tuple[Array, Array]:
-    """The variance of two results' means between processes, and its share, on one calibrated machine for each count."""
+def calibrations(rng: np.random.Generator, draw: Draw, counts: NDArray[np.intp]) -> tuple[Array, Array, float]:
+    """The variance of two results' means between processes, on one calibrated machine for each count.
+
+    With its share and the degrees of freedom of its first estimate.
+    """
     machines, (processes, repetitions) = len(counts), CALIBRATED
     logs = np.log(draw(rng, machines * processes, repetitions).reshape(machines, processes, repetitions))
     spread = logs.var(2, ddof=1).mean(1)
@@ -171,20 +174,21 @@ def calibrations(rng: np.random.Generator, draw: Draw, counts: NDArray[np.intp])
         shares += (2 * within) ** 2 / (processes * (repetitions - 1))
         variance = np.where(chosen, 2 * np.maximum(0.0, between - within), variance)
         share = np.where(chosen, shares, share)
-    return variance, share
+    return variance, share, processes - 1.0
 
 
-def alarms(sides: tuple[Sides, Sides], change: float, more: tuple[Any, Any]) -> NDArray[np.bool_]:
+def alarms(sides: tuple[Sides, Sides], change: float, more: tuple[Any, Any, Any]) -> NDArray[np.bool_]:
     """True where b, faster by `change`, is called better or worse: p < 0.05 after Holm, and by more than 1 %."""
     a, b = sides
     difference = b.mean - a.mean + np.log1p(change)
-    total = a.error + b.error + more[0]
-    degrees = np.maximum(1.0, total**2 / (a.error**2 / a.degrees + b.error**2 / b.degrees + more[1]))
+    variance, share, least_degrees = more
+    total = np.maximum(a.error + b.error + variance, np.sqrt(least_degrees * share))
+    degrees = np.maximum(1.0, total**2 / (a.error**2 / a.degrees + b.error**2 / b.degrees + share))
     p = 2 * special.stdtr(degrees, -np.abs(difference) / np.sqrt(total))
     return (TESTS * p < 0.05) & (np.abs(difference) >= np.log1p(0.01))
 
 
-ASSUMPTION = (2 * ASSUMED.variance, (2 * ASSUMED.between) ** 2 / ASSUMED.degrees)
+ASSUMPTION = (2 * ASSUMED.variance, (2 * ASSUMED.between) ** 2 / ASSUMED.degrees, 0.0)
 CHANGE = 0.05
 
 
@@ -209,11 +213,11 @@ def simulate(world: str, repetitions: int | None, simulations: int, seed: int = 
         counts = np.full(simulations, repetitions) if repetitions else auto_counts(rates, cell)
         sides.append(single(rates, counts))
     a, b = sides
-    cases: dict[str, tuple[tuple[Sides, Sides], tuple[Any, Any]]] = {
+    cases: dict[str, tuple[tuple[Sides, Sides], tuple[Any, Any, Any]]] = {
         "not calibrated": ((a, b), ASSUMPTION),
         "calibrated": ((a, b), calibrations(rng, draw, np.minimum(a.counts, b.counts))),
-        "5 processes": ((several(rng, draw, simulations), several(rng, draw, simulations)), (0.0, 0.0)),
-        "as before": ((a, b), (0.0, 0.0)),
+        "5 processes": ((several(rng, draw, simulations), several(rng, draw, simulations)), (0.0, 0.0, 0.0)),
+        "as before": ((a, b), (0.0, 0.0, 0.0)),
     }
     return Row(
         world,
@@ -235,7 +239,7 @@ def check(world: str, count: int, seed: int = SEED) -> int:
     machine = calibration_of([result(draw(rng, *CALIBRATED).tolist(), cell)])
     spread = next(one for one in next(iter(machine.spreads.values())) if one.repetitions == 10)
     known = 2 * spread.variance, (2 * spread.between) ** 2 / spread.degrees
-    known = known[0], known[1] + (2 * spread.within) ** 2 / spread.within_degrees
+    known = known[0], known[1] + (2 * spread.within) ** 2 / spread.within_degrees, spread.degrees
     sides = single(rates, np.full(2 * count, 10))
     unlike = 0
     for more, given in ((ASSUMPTION, ()), (known, (machine,))):

@@ -16,6 +16,7 @@ from scipy import stats as reference
 from mlflow_llmbench import stats
 from mlflow_llmbench.records.verdicts import PERCENTILE_SUPPORT
 from mlflow_llmbench.stats import bootstrap
+from mlflow_llmbench.stats.variance import Part, t_test
 
 
 @pytest.mark.parametrize("degrees", [1, 2, 4, 10, 29, 30, 31, 40, 60, 120, 1000])
@@ -348,6 +349,18 @@ def test_welch_is_scipys(a: list[float], b: list[float]) -> None:
     found, expected = stats.welch(a, b), reference.ttest_ind(b, a, equal_var=False)
     assert found.p_value == pytest.approx(expected.pvalue, rel=1e-6, abs=1e-12)
     assert found.degrees == pytest.approx(expected.df, rel=1e-6)
+
+
+def test_more_precise_means_never_make_a_known_noise_harder_to_see_through() -> None:
+    """The noise between processes was estimated as 0, with an error: subtracted from what was seen."""
+    noise = Part(0.0, 2e-10, 9)
+    found = [t_test(0.05, (Part(error, error**2 / 30), noise)) for error in (1e-3, 1e-4, 1e-5, 1e-6, 1e-9)]
+    assert all(later.p_value <= sooner.p_value for sooner, later in itertools.pairwise(found))
+    assert found[-1].p_value < 1e-4 and found[-1].degrees == pytest.approx(9)
+    low, high = found[-1].low, found[-1].high
+    assert low <= 0.05 - 2 * math.sqrt(1e-9) < 0.05 + 2 * math.sqrt(1e-9) <= high
+    few = t_test(0.05, (Part(1e-4, 1e-4**2 / 2),))
+    assert few.degrees == pytest.approx(2)  # a variance of 3 values has its own degrees
 
 
 def test_tests_without_variation_or_values() -> None:

@@ -70,7 +70,7 @@ class ProcessNoise:
         share = (sides * known.between) ** 2 / known.degrees
         if known.within_degrees:
             share += (sides * known.within) ** 2 / known.within_degrees
-        return Part(sides * known.variance, share)
+        return Part(sides * known.variance, share, known.degrees if known.within_degrees else 0.0)
 
 
 def device_of(result: RunResult) -> str:

@@ -17,11 +17,13 @@ from statistics import fmean
 class Part:
     """A part of the variance of a difference, and its `share` v²/ν of Satterthwaite's denominator.
 
-    ν are the degrees of freedom of the estimate v; a known variance has the share 0.
+    ν are the degrees of freedom of the estimate v; a known variance has the share 0. If v is an estimate less another
+    one, it can be far below its own error: `degrees` are then those of the first, otherwise 0.
     """
 
     variance: float
     share: float
+    degrees: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,13 @@ def mean_part(values: Sequence[float], independent: bool = True) -> Part:
 def error_of(parts: Sequence[Part]) -> tuple[float, float]:
     """Standard error of a difference, and its degrees of freedom; infinite if nothing was estimated.
 
-    They are at least 1: a part that is itself a difference of two estimates can give less, which means nothing.
+    A part that was subtracted leaves its uncertainty in Satterthwaite's denominator even where it is 0: the more
+    precise the rest, the fewer degrees of freedom, and the less a test could find. So the variance is at least so large
+    that such a part has the degrees of freedom of its first estimate.
     """
-    total, share = sum(part.variance for part in parts), sum(part.share for part in parts)
+    share = sum(part.share for part in parts)
+    least = math.sqrt(sum(part.degrees * part.share for part in parts))
+    total = max(sum(part.variance for part in parts), least)
     return math.sqrt(total), max(1.0, total**2 / share) if share else math.inf
 
 
