@@ -40,17 +40,17 @@ def test_a_single_configuration_is_the_projects_own_run(store_uri: str, tmp_path
 
 
 @pytest.mark.charts
-def test_a_list_makes_the_projects_run_the_parent(store_uri: str, tmp_path: Path, tiny_model: Path) -> None:
-    done = mlflow_run(store_uri, tmp_path, model=str(tiny_model), quant="fp32,bf16", **SHORT)
+def test_a_list_makes_the_projects_run_the_parent(store_uri: str, tmp_path: Path) -> None:
+    done = mlflow_run(store_uri, tmp_path, backend="fake", model="fake:ttft_ms=2+itl_ms=1", batch_size="1,2", **SHORT)
     assert done.returncode == 0, done.stderr[-2000:]
     runs = MlflowClient(store_uri).search_runs(["0"])
     [parent] = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
     children = [r for r in runs if r is not parent]
-    assert sorted(r.info.run_name for r in children) == ["quant=bf16", "quant=fp32"]
+    assert sorted(r.info.run_name for r in children) == ["batch_size=1", "batch_size=2"]
     assert {r.data.tags["mlflow.parentRunId"] for r in children} == {parent.info.run_id}
     assert {r.info.status for r in runs} == {"FINISHED"}
-    assert parent.data.params["quant"] == "fp32,bf16"
-    heading = next(line for line in done.stdout.splitlines() if line.startswith("quant"))
+    assert parent.data.params["batch_size"] == "1,2"
+    heading = next(line for line in done.stdout.splitlines() if line.startswith("batch_size"))
     assert "tokens/s" in heading
 
 

@@ -22,7 +22,7 @@ def told(capsys: pytest.CaptureFixture[str]) -> tuple[list[str], dict[str, objec
 
 @pytest.mark.charts
 def test_one_command_measures_and_studies_and_another_takes_it_in(
-    store_uri: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    store_uri: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ["study", *GRID, "--tracking-uri", store_uri, "--json"]
     assert main([*command, "--model", "fake:ttft_ms=4+itl_ms=1+row_ms=1", "--price", "0.5"]) == 0
@@ -47,6 +47,7 @@ def test_one_command_measures_and_studies_and_another_takes_it_in(
     assert {"against_batch_size", "against_prompt_length", "per_instance", "heatmap_ttft", "cost_by_hardware"} <= charts
     assert client.get_run(parent).info.status == "FINISHED"
 
+    monkeypatch.setenv("LLMBENCH_CHARTS", "0")
     assert main([*command, "--model", "fake:ttft_ms=8+itl_ms=2+row_ms=1", "--of", str(folder)]) == 0
     _, both = told(capsys)
     assert both["run_id"] != parent
