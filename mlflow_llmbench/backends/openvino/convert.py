@@ -107,8 +107,8 @@ def make(cell: Cell, model: ModelFacts, checkpoint: str) -> None:
 def _export(cell: Cell, checkpoint: str, target: str) -> None:
     with complete(cell.model):  # the export would initialize what is missing at random
         recipe.load_complete(
-            checkpoint, local_files_only=True, trust_remote_code=cell.trust_remote_code, dtype="auto", device_map="cpu"
-        )
+            checkpoint, local_files_only=True, trust_remote_code=cell.trust_remote_code, dtype="auto"
+        )  # no device_map: it needs accelerate, which is not there
     intel: Any = importlib.import_module("optimum.intel")
     how: dict[str, Any] = {"load_in_8bit": False}  # the default is 8 bits for large models
     if cell.quant in BITS:
