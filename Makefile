@@ -79,10 +79,12 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict mlflow_llmbench
 
-# Write the pages of docs/reference again, from the tables of schemes and metrics.
+# Write the pages of docs/reference again, from the tables and declarations in the code.
 reference: $(INSTALLED)
 	$(BIN)/python -c 'from mlflow_llmbench.reports.schemes import schemes_markdown as page; print(page(), end="")' > docs/reference/schemes.md
 	$(BIN)/python -c 'from mlflow_llmbench.reports.metrics import metrics_markdown as page; print(page(), end="")' > docs/reference/metrics.md
+	for page in parameters commands errors; do $(BIN)/python -c "from mlflow_llmbench.cli.reference import $${page}_markdown as page; \
+		print(page(), end='')" > docs/reference/$$page.md || exit; done
 
 # Run all benchmarks that need no real model; a missed goal does not stop the others.
 bench: $(INSTALLED)

@@ -181,9 +181,9 @@ def training_options() -> tuple[Option, ...]:
 
 def _parameter_option(name: str, declared: Field[Any], default: str, lists: bool) -> Option:
     about = declared.metadata
-    words = WORDS.get(about["kind"], ())
+    words = words_of(about)
     lists = lists and about["sweep"]
-    metavar = _metavar(about, words, default)
+    metavar = "" if about["kind"] == "flag" and default == "false" and not about["sweep"] else metavar_of(about)
     told = as_options(about["help"])
     if words and not metavar.startswith("[") and not all(word in told for word in words) and about["kind"] != "flag":
         told += f": {', '.join(words)}"
@@ -201,14 +201,19 @@ def _parameter_option(name: str, declared: Field[Any], default: str, lists: bool
     )
 
 
-def _metavar(about: Mapping[str, Any], words: tuple[str, ...], default: str) -> str:
-    """Return what stands for the value: a unit, a short choice of words, or the kind. A flag has none."""
+def words_of(about: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the words that a declared parameter takes; it may take others too."""
+    return WORDS.get(about["kind"], ())
+
+
+def metavar_of(about: Mapping[str, Any]) -> str:
+    """Return what stands for the value of a declared parameter: a unit, a short choice of words, or its kind."""
     if about["kind"] == "flag":
-        return "" if default == "false" and not about["sweep"] else "[true|false]"
+        return "[true|false]"
     if about["metavar"] or about["kind"] in METAVARS:
         metavar = str(about["metavar"] or METAVARS[about["kind"]])
         return f"{metavar}|auto" if about["unset"] == "auto" else metavar
-    choice = "|".join([*filter(None, [about["unset"]]), *words])
+    choice = "|".join([*filter(None, [about["unset"]]), *words_of(about)])
     return f"[{choice}]" if len(choice) <= LONGEST_CHOICE else "NAME"
 
 
