@@ -44,8 +44,8 @@ def test_they_are_public_documented_and_typed() -> None:
         assert name in mlflow_llmbench.__all__ and name in dir(mlflow_llmbench)
         assert inspect.getdoc(function)
         assert set(get_type_hints(function)) == {*inspect.signature(function).parameters, "return"}
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    assert all(f"`{call}" in readme for call in ("load_results(", "summarize(", "judge(", "compare("))
+    page = (Path(__file__).parents[1] / "docs" / "compare.md").read_text(encoding="utf-8")
+    assert all(f"`{call}" in page for call in ("load_results(", "summarize(", "judge(", "compare("))
 
 
 def test_a_result_is_loaded_summed_up_and_judged(template: Any) -> None:

@@ -1,4 +1,4 @@
-"""The project through the real `mlflow run`, as the README shows it."""
+"""The project through the real `mlflow run`, as the README and docs/measure.md show it."""
 
 from __future__ import annotations
 
