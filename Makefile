@@ -1,4 +1,4 @@
-# make demo | test | test-gguf | test-all | test-newest | lint | reference | bench | real-model | clean
+# make demo | test | test-gguf | test-all | test-newest | lint | reference | docs | bench | real-model | clean
 # Each target needs python3 (3.10 or newer) and a package index, and first creates an environment in .venv.
 
 PYTHON ?= python3
@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE MLFLOW_DISABLE_TELEMETRY
 
 OLD := Python %d.%d is too old. Give 3.10 or newer: make PYTHON=python3.11
 
-.PHONY: demo test gguf-wheel test-gguf test-all test-here test-random test-gptq test-lm-eval test-newest lint reference bench \
+.PHONY: demo test gguf-wheel test-gguf test-all test-here test-random test-gptq test-lm-eval test-newest lint reference docs bench \
 	real-model clean
 
 # A sweep of eight cells with random weights: no download, no licence, but the speed and memory of the real architecture.
@@ -85,6 +85,12 @@ reference: $(INSTALLED)
 	$(BIN)/python -c 'from mlflow_llmbench.reports.metrics import metrics_markdown as page; print(page(), end="")' > docs/reference/metrics.md
 	for page in parameters commands errors; do $(BIN)/python -c "from mlflow_llmbench.cli.reference import $${page}_markdown as page; \
 		print(page(), end='')" > docs/reference/$$page.md || exit; done
+
+# The documentation as a site in build/site/docs. A link to a page or heading that does not exist is an error.
+docs: $(INSTALLED)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	$(BIN)/zensical build --strict --clean
+	mkdir -p build/site/benchmarks && cp -r benchmarks/results build/site/benchmarks/ && cp -r examples build/site/
 
 # Run all benchmarks that need no real model; a missed goal does not stop the others.
 bench: $(INSTALLED)
