@@ -7,7 +7,6 @@ does not work from a checkout or a wheel.
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import re
 import shlex
@@ -33,11 +32,23 @@ def of_extra(extra: str, *packages: str) -> tuple[str, ...]:
     return tuple(found) or packages
 
 
+def _has_pip() -> bool:
+    """Return True if the environment has pip, from its metadata.
+
+    Looking for the module makes setuptools leave the standard library's distutils in place before Python 3.12, and then
+    nothing in this process can import setuptools any more.
+    """
+    try:
+        return bool(importlib.metadata.version("pip"))
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
 def _install() -> str:
     """Return the beginning of the command: that of this environment's pip, or of uv if the environment has none."""
     found, python = shutil.which("pip"), shlex.quote(sys.executable)
     if found and os.path.dirname(found) == os.path.dirname(sys.executable):
         return "pip install"
-    if importlib.util.find_spec("pip") is None and shutil.which("uv"):
+    if not _has_pip() and shutil.which("uv"):
         return f"uv pip install --python {python}"
     return f"{python} -m pip install"

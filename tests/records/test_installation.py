@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 
@@ -31,9 +31,23 @@ def test_another_environments_pip_is_not_meant(tmp_path: Path, monkeypatch: pyte
 
 def test_uv_installs_where_there_is_no_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(executable(tmp_path / "uv").parent))
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pip" else found(name))
+    found = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == "pip":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
     assert pip_install("hqq") == f"uv pip install --python {sys.executable} hqq"
+
+
+def test_setuptools_can_be_imported_after_pip_was_looked_for(tmp_path: Path) -> None:
+    """Its hook gives way to pip, once the module pip is looked for, and setuptools then refuses to start."""
+    code = "from mlflow_llmbench.records.installation import pip_install; pip_install('x'); import setuptools"
+    environment = {"PATH": str(tmp_path), "PYTHONPATH": str(Path(installation.__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_an_extra_is_the_packages_that_it_stands_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
