@@ -14,11 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tests.work import cpu_s
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = {"repetitions": (200, 2_000, 20_000), "cells": (50, 500, 5_000), "tokens": (1_000, 10_000, 100_000)}
@@ -47,7 +49,7 @@ def command(unit: str, size: int) -> list[str]:
     return [sys.executable, "-m", "mlflow_llmbench", "run", *options]
 
 
-def cpu_s(unit: str, size: int) -> float:
+def measured(unit: str, size: int) -> float:
     """CPU seconds of one command, of its workers too."""
     with tempfile.TemporaryDirectory() as folder:
         environment = {
@@ -56,14 +58,10 @@ def cpu_s(unit: str, size: int) -> float:
             "LLMBENCH_CHARTS": "0",
             "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
         }
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run(
-            command(unit, size), cwd=folder, env=environment, capture_output=True, text=True, check=False
-        )
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        used, done = cpu_s(command(unit, size), cwd=folder, env=environment)
     if done.returncode:
         sys.exit(f"{unit} {size}: exit code {done.returncode}: {done.stderr[-500:]}")
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return used
 
 
 def main() -> int:
@@ -75,7 +73,7 @@ def main() -> int:
     rows = []
     for unit in given.unit or SIZES:
         sizes = [size // 10 if given.quick else size for size in SIZES[unit]]
-        spent = [cpu_s(unit, size) for size in sizes]
+        spent = [measured(unit, size) for size in sizes]
         low, high = (1e3 * (spent[i + 1] - spent[i]) / (sizes[i + 1] - sizes[i]) for i in range(2))
         row = {"unit": unit, "sizes": sizes, "cpu_s": [round(s, 2) for s in spent]}
         row |= {"ms_each": [round(low, 3), round(high, 3)], "growth": round(high / low, 2)}

@@ -10,8 +10,6 @@ import argparse
 import dataclasses
 import json
 import random
-import resource
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -20,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mlflow_llmbench.reports.artifacts import write_cell
 from tests.results import made
+from tests.work import cpu_s
 
 GOAL_S = 15.0
 QUANTS = ("none", "bf16", "int8", "int4")
@@ -60,13 +59,7 @@ def main() -> int:
         write_results(folder, arguments.results, arguments.seed)
         for command, *given in COMMANDS:
             options = [option.format(folder=folder) for option in given]
-            before = resource.getrusage(resource.RUSAGE_CHILDREN)
-            done = subprocess.run(
-                [sys.executable, "-m", "mlflow_llmbench", command, *options],
-                cwd=scratch, capture_output=True, text=True,
-            )  # fmt: skip
-            after = resource.getrusage(resource.RUSAGE_CHILDREN)
-            used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+            used, done = cpu_s([sys.executable, "-m", "mlflow_llmbench", command, *options], cwd=scratch)
             rows.append({"command": command, "results": arguments.results, "cpu_s": round(used, 2),
                          "exit": done.returncode, "met": used <= GOAL_S and done.returncode == 0})  # fmt: skip
             print(json.dumps(rows[-1]), done.stderr[-300:] if done.returncode else "", flush=True)

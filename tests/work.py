@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import resource
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 
 def calls(work: Callable[[], object]) -> int:
@@ -21,3 +24,11 @@ def calls(work: Callable[[], object]) -> int:
     finally:
         sys.setprofile(before)
     return count
+
+
+def cpu_s(command: Sequence[str], **given: Any) -> tuple[float, subprocess.CompletedProcess[str]]:
+    """CPU seconds of a command and of its children, with what it printed; `given` is for `subprocess.run`."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **given)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done

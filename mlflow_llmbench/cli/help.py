@@ -51,19 +51,18 @@ def program_page(groups: Mapping[str, Sequence[Command]], program: str) -> Text:
 
 def command_page(command: Command, program: str, all: bool) -> Text:
     """Return the page of a command, with all of its options or with those that people use first."""
-    positional = [option for option in command.options if option.positional]
     first = _first(command)
-    others = [option for option in command.options if option not in [*positional, *first]]
+    others = [option for option in command.options if option not in [*command.positional, *first]]
     page = _Page()
-    page.paragraph(f"{command.help[:1].upper()}{command.help[1:]}.")
+    page.paragraph(command.sentence)
     if command.description:
         page.paragraph(command.description)
     if any(option.metavar.endswith(",…") and option.panel for option in command.options):
         page.paragraph(SWEEPS)
-    page.usage(" ".join([program, command.name, *(_called(option) for option in positional), "[OPTIONS]"]))
-    if positional:
+    page.usage(command.usage(program))
+    if command.positional:
         page.heading("Arguments")
-        page.options(positional)
+        page.options(command.positional)
     if first:
         page.heading("Common options")
         page.options(first)
@@ -86,10 +85,6 @@ def has_more(command: Command) -> bool:
 def _first(command: Command) -> list[Option]:
     by_name = {option.argument: option for option in command.options}
     return [by_name[name] for name in command.first]
-
-
-def _called(option: Option) -> str:
-    return f"{option.metavar}…" if option.many else option.metavar
 
 
 class _Page:
@@ -119,7 +114,7 @@ class _Page:
     def options(self, options: Iterable[Option]) -> None:
         """Write options or arguments."""
         self.rows(
-            ("" if one.positional else ", ".join(filter(None, [one.name, one.short])), _called(one), one.help)
+            ("" if one.positional else ", ".join(filter(None, [one.name, one.short])), one.called, one.help)
             for one in options
         )
 

@@ -20,7 +20,7 @@ from ..config.training import LOSSES, NAMES, TRAINING
 from ..config.training import default_text as training_default
 from ..records.backends import RUNTIMES
 from ..records.cell import PARAMETERS, default_text
-from ..records.invocation import EntryPoint
+from ..records.invocation import EntryPoint, option_name
 
 NOT_GIVEN = ("", "none")
 """Texts that stand for an option that is not given: a parameter of the MLproject needs a default, which is `none`."""
@@ -99,6 +99,11 @@ class Option:
         """True for a value without a name."""
         return not self.name.startswith("-")
 
+    @property
+    def called(self) -> str:
+        """What stands for its value in a help page."""
+        return f"{self.metavar}…" if self.many else self.metavar
+
     def value(self, given: object) -> object:
         """Return the value of the function's argument: the parsed one, None if it is not given."""
         if not self.optional:
@@ -127,6 +132,20 @@ class Command:
     failure_code: int = 1
     entry_point: str = ""
     store: Literal["if asked", "first", "later"] = "if asked"
+
+    @property
+    def sentence(self) -> str:
+        """Its line of help as a sentence."""
+        return f"{self.help[:1].upper()}{self.help[1:]}."
+
+    @property
+    def positional(self) -> tuple[Option, ...]:
+        """Its values without a name."""
+        return tuple(option for option in self.options if option.positional)
+
+    def usage(self, program: str) -> str:
+        """Return how it is called, by the name of the program."""
+        return " ".join([program, self.name, *(option.called for option in self.positional), "[OPTIONS]"])
 
     def store_address(self, given: Mapping[str, object]) -> str | None:
         """Return the address of the store that this command is known to use, None if there is none."""
@@ -190,7 +209,7 @@ def _parameter_option(name: str, declared: Field[Any], default: str, lists: bool
     tells_default = not (default == about["unset"] == "none" or (about["kind"] == "flag" and default == "false"))
     more = f"{about['separator']}…" if lists else ""
     return Option(
-        _option_name(name),
+        option_name(name),
         f"{told} (default: {default})" if tells_default else told,
         f"{metavar}{more}",
         switch=about["kind"] == "flag",
@@ -217,18 +236,14 @@ def metavar_of(about: Mapping[str, Any]) -> str:
     return f"[{choice}]" if len(choice) <= LONGEST_CHOICE else "NAME"
 
 
-def _option_name(parameter: str) -> str:
-    return f"--{parameter.replace('_', '-')}"
-
-
 _SETTING = re.compile(rf"\b({'|'.join(PARAMETERS)})=")
 _NAMED = re.compile(rf"\b({'|'.join(name for name in PARAMETERS if '_' in name)})\b(?!\.\w)")
 
 
 def as_options(text: str) -> str:
     """Return a help text with its parameters written as options: `--quant int4` for quant=int4."""
-    told = _SETTING.sub(lambda found: f"{_option_name(found[1])} ", text)
-    return _NAMED.sub(lambda found: _option_name(found[1]), told)
+    told = _SETTING.sub(lambda found: f"{option_name(found[1])} ", text)
+    return _NAMED.sub(lambda found: option_name(found[1]), told)
 
 
 def comma_list(text: str | None) -> frozenset[str]:

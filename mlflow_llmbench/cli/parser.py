@@ -17,7 +17,7 @@ from click.shell_completion import CompletionItem
 
 from .. import __version__
 from ..records.errors import UsageError
-from ..records.invocation import PROGRAM
+from ..records.invocation import PROGRAM, option_name
 from ..records.text import nearest
 from . import completion, help
 from .options import Command, Option
@@ -124,7 +124,7 @@ class ParsedCommand(click.Command):
             rest = super().parse_args(ctx, args)
         if rest and not ctx.resilient_parsing:
             name, is_given, value = rest[0].partition("=")
-            meant = f"--{name.replace('_', '-')}"
+            meant = option_name(name)
             advice = f" Write {meant} {value}." if is_given and meant in names else ""
             raise UsageError(f"Unexpected argument: {rest[0]}.{advice or _see(ctx)}")
         return rest

@@ -11,7 +11,7 @@ from ..config.spec import COMMANDS as PARAMETERS_OF
 from ..config.training import TRAINING
 from ..records.cell import PARAMETERS, as_text
 from ..records.errors import LlmbenchError
-from ..records.invocation import PROGRAM
+from ..records.invocation import PROGRAM, option_name
 from ..records.parameter import PANELS
 from ..reports.tables import table_of_markdown
 from .main import GROUPS
@@ -151,10 +151,8 @@ def _bounds(low: float, high: float) -> str:
 
 
 def _command_section(command: Command) -> str:
-    positional = [option for option in command.options if option.positional]
-    called = " ".join([PROGRAM, command.name, *(_called(one) for one in positional), "[OPTIONS]"])
-    calls = "\n".join([called, *(f"{PROGRAM} {example}" for example in command.examples)])
-    told = " ".join(filter(None, [f"{command.help[:1].upper()}{command.help[1:]}.", command.description]))
+    calls = "\n".join([command.usage(PROGRAM), *(f"{PROGRAM} {example}" for example in command.examples)])
+    told = " ".join(filter(None, [command.sentence, command.description]))
     parts = [f"### {PROGRAM} {command.name}\n{_markdown(told)}", f"```text\n{calls}\n```"]
     if command.entry_point:
         parts.append(f"Under MLflow: `mlflow run . -e {command.entry_point}`.")
@@ -175,17 +173,13 @@ def _shared(names: Sequence[str]) -> str:
 
 
 def _option_names(names: Iterable[str]) -> str:
-    return ", ".join(f"`--{name.replace('_', '-')}`" for name in names)
+    return ", ".join(f"`{option_name(name)}`" for name in names)
 
 
 def _option_row(option: Option) -> tuple[str, str, str]:
     called = "argument" if option.positional else f"`{option.name}`" + (f", `{option.short}`" if option.short else "")
-    value = ", ".join(f"`{word}`" for word in _called(option).strip("[]").split("|") if word)
+    value = ", ".join(f"`{word}`" for word in option.called.strip("[]").split("|") if word)
     return called, value, _markdown(f"{option.help}{' (required)' if option.required else ''}")
-
-
-def _called(option: Option) -> str:
-    return f"{option.metavar}…" if option.many else option.metavar
 
 
 def _markdown(text: str) -> str:

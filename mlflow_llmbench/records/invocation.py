@@ -29,6 +29,11 @@ class EntryPoint:
     positional: tuple[str, ...] = ()
 
 
+def option_name(parameter: str) -> str:
+    """Return the option that sets a parameter: `--batch-size` for batch_size."""
+    return f"--{parameter.replace('_', '-')}"
+
+
 @dataclass(frozen=True)
 class Invocation:
     """The program as the user called it. Under `mlflow run`, `project` is the project's address, else None.
@@ -45,7 +50,7 @@ class Invocation:
         """Return a command with its options, quoted for a shell."""
         entry = self.entry_points.get(name)
         if self.project is None or entry is None or len(positional) > len(entry.positional):
-            given = [part for key, value in options.items() for part in (f"--{key.replace('_', '-')}", value)]
+            given = [part for key, value in options.items() for part in (option_name(key), value)]
             return " ".join([self.program, name, *map(shlex.quote, [*positional, *given])])
         parameters = {**dict(zip(entry.positional, positional, strict=False)), **options}
         given = [part for key, value in parameters.items() for part in ("-P", f"{key}={value}")]
@@ -56,7 +61,7 @@ class Invocation:
         """Return the text that sets a parameter in this form."""
         if self.project:
             return f"-P {shlex.quote(f'{name}={value}')}"
-        option = f"--{name.replace('_', '-')}"
+        option = option_name(name)
         return option if value == "true" else f"{option} {shlex.quote(value)}"
 
 

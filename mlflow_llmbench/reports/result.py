@@ -20,6 +20,7 @@ from ..analysis.verdict import judge, unsupported_percentiles
 from ..config.spec import cell_fields
 from ..records.cell import PARAMETERS, Cell, as_text, default_text, list_text
 from ..records.environment import GPU_SOFTWARE, QUOTA, quota_text
+from ..records.invocation import option_name
 from ..records.metric import RATIO, Column, Entry, Line, interval_keys
 from ..records.metrics import (
     DEVICE_MEMORY,
@@ -425,7 +426,7 @@ def command_line(asked: Mapping[str, str], command: str = "run") -> str:
     Parameters at their default are left out, except `model` and `quant`.
     """
     told = [
-        f"--{name.replace('_', '-')} {shlex.quote(text)}"
+        f"{option_name(name)} {shlex.quote(text)}"
         for name, text in asked.items()
         if text != default_text(name) or name in ("model", "quant")
     ]

@@ -18,7 +18,7 @@ from ..config.cells import config_hash
 from ..config.spec import parse
 from ..measure.journal import read_result, write_json, write_text
 from ..records.errors import MeasurementError, NotComparable, UsageError
-from ..records.invocation import command_text
+from ..records.invocation import command_text, option_name
 from ..records.metrics import PERPLEXITY
 from ..records.results import RunResult
 from ..reports import artifacts
@@ -91,7 +91,7 @@ def parameters_again(
     """
     needed = [name for name in PERMISSIONS if getattr(result.cell, name) and name not in permissions]
     if needed:
-        option = f"--{needed[0].replace('_', '-')}"
+        option = option_name(needed[0])
         raise UsageError(
             f"It was measured with {needed[0]}=true, which is not taken over from a run. "
             f"If you trust the model {result.cell.model}, add {option}."

@@ -16,6 +16,7 @@ from ...analysis.scaling.study import ScalingStudy
 from ...analysis.scaling.surfaces import Surface
 from ...stats import t_interval
 from .catalogue import Chart, Drawing
+from .lines import MOST_TICKS
 from .style import (
     BLUE,
     BROWN,
@@ -154,7 +155,7 @@ def _scale(axes: Axes, places: Array, values: Sequence[float]) -> None:
     """
     axes.set_xscale("log", base=2)
     ticks = sorted({float(place) for place in places})
-    kept = ticks if len(ticks) <= 8 else [2.0**k for k in range(-6, 31) if ticks[0] <= 2.0**k <= ticks[-1]]
+    kept = ticks if len(ticks) <= MOST_TICKS else [2.0**k for k in range(-6, 31) if ticks[0] <= 2.0**k <= ticks[-1]]
     axes.set_xticks(kept, [f"{tick:,.0f}" if tick >= 10 else f"{tick:.3g}" for tick in kept])
     axes.minorticks_off()
     air = (ticks[-1] / ticks[0]) ** 0.06
