@@ -59,6 +59,7 @@ def test_one_cell_is_one_run_with_everything_in_it(store_uri: str) -> None:
     } <= artifacts
 
 
+@pytest.mark.charts
 def test_the_checker_of_the_vocabulary_finds_no_fault(store_uri: str) -> None:
     fake(batch_size="1,3", repetitions="auto", warmup="auto", output_tokens="1,6")
     checker = ROOT.parent / "shared" / "check" / "main_job.py"
