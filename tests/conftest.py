@@ -26,8 +26,8 @@ def clean_environment(
 ) -> Iterator[None]:
     """Run each test in its own folder, without an outside MLflow run or store, and restore the environment variables.
 
-    Commands draw charts only in tests marked `charts`: drawing takes most of the time of a fake sweep. GPTQModel moves
-    the Hub's cache by variables that it sets when it is imported.
+    Commands draw charts only in tests marked `charts` or `slow`: drawing takes most of the time of a fake sweep. GPTQModel
+    moves the Hub's cache by variables that it sets when it is imported.
     """
     if len(gc.get_objects(generation=2)) > 200_000:  # of loaded modules, which make each collection take 0.3 s
         gc.collect()
@@ -38,7 +38,7 @@ def clean_environment(
     for name in list(os.environ):
         if name.startswith("MLFLOW_") and name != "MLFLOW_DISABLE_TELEMETRY":
             monkeypatch.delenv(name)
-    if request.node.get_closest_marker("charts"):
+    if any(request.node.get_closest_marker(name) for name in ("charts", "slow")):
         monkeypatch.delenv("LLMBENCH_CHARTS", raising=False)
     monkeypatch.chdir(tmp_path)
     yield
