@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from mlflow_llmbench.analysis.contention import can_be_judged, unseen_cpus
+from mlflow_llmbench.analysis.contention import can_be_judged, of_the_client, unseen_cpus
 from mlflow_llmbench.analysis.summary import summarize
 from mlflow_llmbench.analysis.verdict import judge
 from mlflow_llmbench.measure.stopping import enough
 from mlflow_llmbench.records.cell import Cell
-from mlflow_llmbench.records.results import FIRST_RULES, Noise, Repetition, RequestRecord, RunResult
+from mlflow_llmbench.records.results import FIRST_RULES, RULES, Noise, Repetition, RequestRecord, RunResult
 
 from ..results import made
 
@@ -112,6 +112,28 @@ def test_results_of_the_first_rules_are_judged_by_cpu_times_from_half_a_second_o
         one = beside([noise] * 5)
         assert codes(one) == ["contended"]
         assert codes(dataclasses.replace(one, rules=FIRST_RULES)) == by_first
+
+
+@pytest.mark.parametrize(
+    ("noise", "url", "rules", "words"),
+    [
+        (quiet(pressure_s=0.2), "http://10.0.0.5:8000/v1", RULES, "waited for a CPU 20% of the time"),
+        (quiet(pressure_s=0.2), "http://10.0.0.5:8000/v1", FIRST_RULES, None),
+        (quiet(pressure_s=0.2), "http://localhost:8000/v1", RULES, None),
+        (quiet(pressure_s=0.2), "http://127.0.0.1:8000/v1", RULES, None),
+        (quiet(run_delay_s=0.08), "http://localhost:8000/v1", RULES, "waited for a CPU for 0.08 s in each second"),
+        (quiet(steal_s=0.2), "http://localhost:8000/v1", RULES, "the hypervisor took 0.20 CPUs"),
+        (quiet(busy_cpu_s=2.0), "http://10.0.0.5:8000/v1", RULES, None),
+    ],
+)
+def test_the_clients_machine_is_judged_by_what_delays_the_client(
+    noise: Noise, url: str, rules: int, words: str | None
+) -> None:
+    one = beside([noise] * 5)
+    one = dataclasses.replace(one, cell=dataclasses.replace(one.cell, url=url), rules=rules)
+    found = list(of_the_client(one, {}))
+    assert [reason.code for reason in found] == (["contended"] if words else [])
+    assert all(words and words in reason.sentence for reason in found)
 
 
 def test_threads_that_fill_all_cpus_wait_for_each_other() -> None:

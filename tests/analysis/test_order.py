@@ -12,7 +12,7 @@ from mlflow_llmbench.analysis.order import correlation, repetitions_to_judge, un
 from mlflow_llmbench.analysis.summary import summarize
 from mlflow_llmbench.analysis.verdict import judge
 from mlflow_llmbench.measure.stopping import enough
-from mlflow_llmbench.records.results import Noise, Repetition, RunResult
+from mlflow_llmbench.records.results import FIRST_RULES, Noise, Repetition, RunResult
 from mlflow_llmbench.stats import effective_size, is_correlated, judge_sequence, sequence_interval, t_interval
 
 from ..results import made
@@ -63,6 +63,12 @@ def test_each_departure_is_named_with_its_size(rates: list[float], code: str, se
     assert {"trend", "step", "two_speeds", "outliers"} & set(found) == {code}
     assert judge(result(rates, repetitions=30), summarize(result(rates, repetitions=30))).word == "suspect"
     assert not reasons(result(ALTERNATING[:30], repetitions=30))
+
+
+def test_results_of_the_first_rules_keep_their_verdict() -> None:
+    rising = result([value * (1 + 0.3 * i / 29) for i, value in enumerate(ALTERNATING[:30])], repetitions=30)
+    assert "trend" in reasons(rising)
+    assert "trend" not in reasons(dataclasses.replace(rising, rules=FIRST_RULES))
 
 
 def test_departures_smaller_than_the_precision_asked_for_are_no_reason() -> None:

@@ -90,6 +90,16 @@ def test_both_sides_share_one_estimate() -> None:
     assert (two.variance, two.share) == (pytest.approx(18e-4), pytest.approx(18e-4**2 / 5))
 
 
+def test_what_repetitions_explain_counts_in_the_uncertainty() -> None:
+    spreads = {RATE: (Spread(4e-4, 2, 1e-4, 4),)}
+    noise = noise_of(made(), made(), [dataclasses.replace(known_noise(made()), spreads=spreads)], disturbed=False)
+    assert noise
+    part = noise.part(RATE, 2)
+    assert part.variance == pytest.approx(2 * 3e-4)
+    assert part.share == pytest.approx((2 * 4e-4) ** 2 / 2 + (2 * 1e-4) ** 2 / 4)
+    assert part.degrees == 2
+
+
 def test_what_cannot_calibrate_is_refused_in_one_line() -> None:
     three = in_processes([[0.0, 0.0], [0.01, 0.01], [0.02, 0.02]])
     elsewhere = dataclasses.replace(three, hashes=dataclasses.replace(three.hashes, hardware="x"))

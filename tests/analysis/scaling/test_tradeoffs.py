@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from mlflow_llmbench.analysis.scaling import curves, tradeoffs
 from mlflow_llmbench.analysis.scaling.fitting import fit
@@ -73,6 +74,19 @@ def test_a_jump_is_found_in_more_noise() -> None:
     curve = (20 + 3 * BATCHES) * np.where(BATCHES > 8, 1.9, 1.0)
     found = [find_cliffs(measured(curve, 0.0, seed, scatter=0.06), 1.0) for seed in range(50)]
     assert sum([cliff.before for cliff in cliffs] == [8.0] for cliffs in found) >= 48
+
+
+def test_the_p_value_of_a_cliff_by_hand() -> None:
+    """The step 1 → 2 against the step 2 → 4 is the contrast 2·y(2) − y(1) − y(4) of logarithms: Welch, and Holm for two."""
+    logs = {1.0: [0.0, 0.1, 0.05], 2.0: [0.9, 1.2, 1.05, 1.0], 4.0: [1.0, 1.3, 1.2, 1.1, 1.15]}
+    [cliff] = find_cliffs({x: [math.exp(y) for y in ys] for x, ys in logs.items()}, 0.0)
+    errors = [weight**2 * np.var(ys, ddof=1) / len(ys) for weight, ys in zip((1, 2, 1), logs.values(), strict=True)]
+    one, two, four = (float(np.mean(ys)) for ys in logs.values())
+    degrees = sum(errors) ** 2 / sum(e**2 / (len(ys) - 1) for e, ys in zip(errors, logs.values(), strict=True))
+    by_hand = stats.t.sf((2 * two - one - four) / math.sqrt(sum(errors)), degrees)
+    assert (cliff.before, cliff.after) == (1.0, 2.0)
+    assert cliff.p_value == pytest.approx(2 * by_hand, rel=1e-6)
+    assert cliff.factor == pytest.approx(math.exp(two - one - max(four - two, 0.0)))
 
 
 def test_quadratic_attention_is_no_cliff_over_lengths() -> None:
