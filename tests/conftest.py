@@ -26,8 +26,8 @@ def clean_environment(
 ) -> Iterator[None]:
     """Run each test in its own folder, without an outside MLflow run or store, and restore the environment variables.
 
-    Commands draw charts only in tests marked `charts` or `slow`: drawing takes most of the time of a fake sweep. GPTQModel
-    moves the Hub's cache by variables that it sets when it is imported.
+    Commands draw charts only in tests marked `charts` or `slow`: drawing takes most of the time of a fake sweep.
+    GPTQModel moves the Hub's cache by variables that it sets when it is imported.
     """
     if len(gc.get_objects(generation=2)) > 200_000:  # of loaded modules, which make each collection take 0.3 s
         gc.collect()

@@ -77,7 +77,7 @@ def test_a_jump_is_found_in_more_noise() -> None:
 
 
 def test_the_p_value_of_a_cliff_by_hand() -> None:
-    """The step 1 → 2 against the step 2 → 4 is the contrast 2·y(2) − y(1) − y(4) of logarithms: Welch, and Holm for two."""
+    """Step 1 → 2 against step 2 → 4 is the contrast 2·y(2) − y(1) − y(4) of logarithms: Welch, and Holm for two."""
     logs = {1.0: [0.0, 0.1, 0.05], 2.0: [0.9, 1.2, 1.05, 1.0], 4.0: [1.0, 1.3, 1.2, 1.1, 1.15]}
     [cliff] = find_cliffs({x: [math.exp(y) for y in ys] for x, ys in logs.items()}, 0.0)
     errors = [weight**2 * np.var(ys, ddof=1) / len(ys) for weight, ys in zip((1, 2, 1), logs.values(), strict=True)]
