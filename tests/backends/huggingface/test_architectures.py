@@ -107,6 +107,27 @@ def test_recurrent_models_have_no_experts(tmp_path: Path) -> None:
             assert generated(backend) == 3
 
 
+@pytest.mark.parametrize("model_type", ["hunyuan_v1_moe", "hy_v4"])
+def test_a_small_layer_that_a_model_keeps_in_float32_is_no_reason(tmp_path: Path, model_type: str) -> None:
+    """Its own code makes the router in float32, whatever dtype is asked for."""
+    with loaded(Cell(model=str(write_tiny(model_type, tmp_path / model_type)), quant="bf16")) as (backend, info):
+        found = inspection.inspect_model(backend.model)
+        assert found.matrix_weights.keys() == {"bfloat16", "float32"}
+        assert 16 < float(info.facts["quant.bits_per_weight"]) < 16.2
+        assert generated(backend) == 3
+
+
+def test_a_model_with_a_tenth_in_another_dtype_is_not_what_was_asked_for(tmp_path: Path) -> None:
+    with loaded(Cell(model=str(write_tiny("opt", tmp_path / "opt")), quant="bf16")) as (backend, _):
+        layers = backend.model.model.decoder.layers
+        layers[0].fc1 = torch.nn.Linear(128, 256)
+        with pytest.raises(NotRealised, match=r"quant=bf16 was asked for, but the linear layers hold 18\.00 bits"):
+            inspection.verify("bf16", "cpu", inspection.inspect_model(backend.model))
+        layers[0].fc1 = torch.nn.Linear(128, 256).half()
+        with pytest.raises(NotRealised, match="quant=bf16 was asked for, but the parameters' dtypes are"):
+            inspection.verify("bf16", "cpu", inspection.inspect_model(backend.model))
+
+
 def test_a_layer_that_is_left_alone_is_named(tmp_path: Path) -> None:
     folder = write_tiny("opt", tmp_path / "opt")
     with loaded(Cell(model=str(folder), quant="int8")) as (backend, _):
@@ -130,7 +151,7 @@ def test_a_model_without_linear_layers_has_no_bits() -> None:
         def get_output_embeddings(self) -> None: ...
 
     found = inspection.inspect_model(Table())
-    assert found.linear_bits is None and not found.layers and found.matrix_dtypes == {"float32"}
+    assert found.linear_bits is None and not found.layers and found.matrix_weights == {"float32": 32}
     with pytest.raises(NotRealised, match="has no linear layers that bitsandbytes knows"):
         inspection.verify("int4", "cpu", found)
 
