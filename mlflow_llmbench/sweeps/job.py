@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..analysis.repetitions import process_count
+from ..measure.events import Event
 from ..measure.journal import write_json
-from ..measure.outcome import GroupOutcome
+from ..measure.outcome import GroupOutcome, measurements
 from ..records import reading
 from ..records.cell import Cell
 from ..records.codec import from_json
 from ..records.errors import JournalError
-from ..records.results import Hashes, ModelFacts, RunResult
+from ..records.results import CellMeasurements, Hashes, ModelFacts, RunResult
 from ..reports.result import Row
 from .planning import PlannedCell
 
@@ -61,6 +63,14 @@ class Job:
     def count_text(self) -> str:
         """Say how many of its processes have measured it."""
         return f"It was measured in {self.processes_done} of {self.cell.processes} processes, which are kept."
+
+
+def untold(job: Job, journal: Iterable[Event]) -> list[CellMeasurements]:
+    """Return what processes of a job have measured beyond its attempts, by the job's own journal.
+
+    A worker writes the end of a cell to the disk before it tells it, so it can end between the two.
+    """
+    return list(measurements(journal))[len(job.attempts) :]
 
 
 def identity(job: Job) -> dict[str, str]:

@@ -12,11 +12,11 @@ from pathlib import Path
 from ..analysis import goodput
 from ..config.cells import asked_params, needs_no_less, option_params
 from ..measure.events import CellBegun, CellMeasured, Event, GroupBegun, QualityWithheld, Stage
-from ..measure.journal import claim, read_result, write_json
+from ..measure.journal import claim, read_events, read_result, write_json
 from ..measure.outcome import GroupOutcome
 from ..measure.task import Task
 from ..records.cell import Cell
-from ..records.errors import NodeLost
+from ..records.errors import JournalError, NodeLost
 from ..records.invocation import note_folder, parameter_text
 from ..records.redaction import redact_all
 from ..records.results import Failure, RunResult
@@ -27,7 +27,7 @@ from ..tracking.store import ui_command
 from . import resume
 from .cross_cell import CrossFindings, cross_findings
 from .executor import Executor
-from .job import Job, write_job
+from .job import Job, untold, write_job
 from .planning import Plan
 from .progress import ProgressListener
 from .results import env_hashes, failed_result, incomplete_result, measured_result
@@ -284,6 +284,8 @@ class Sweep:
     def _count(self, task: Task, outcome: GroupOutcome) -> None:
         """Add the outcome to each job of the task that it measured, and note those that it only began."""
         for own, job in enumerate(self._jobs_of(task)):
+            if outcome.interrupted and own in outcome.cells and own not in outcome.measured:
+                _add_untold(job, outcome, own)
             if own in outcome.measured and all(known is not outcome for known, _ in job.attempts):
                 job.attempts.append((outcome, own))  # unless it was kept between cells
             job.tried = (outcome, own) if own in outcome.cells and own not in outcome.measured else None
@@ -448,6 +450,13 @@ class Sweep:
             subject = Subject(self.plan.spec, self.plan.parent_name, self.folder.name, *where)
             artifacts.write_sweep(measured, subject, folder, draw)
         recorder.finish(self.plan.spec, measured, folder, outcome, self.findings.figures)
+
+
+def _add_untold(job: Job, outcome: GroupOutcome, own: int) -> None:
+    """Add the measurement of a job that its worker completed and did not tell, to the outcome as number `own`."""
+    with contextlib.suppress(JournalError, OSError):
+        for measured in untold(job, read_events(job.folder / "events.jsonl")):
+            outcome.measured[own], outcome.texts[own] = measured, ()
 
 
 def _needs_no_less(cell: Cell, failed: _Failed) -> bool:

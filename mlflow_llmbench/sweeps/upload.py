@@ -23,7 +23,7 @@ from ..config.cells import asked_params, sweep_name
 from ..config.spec import BenchSpec, parse
 from ..measure import journal
 from ..measure.events import Event
-from ..measure.outcome import GroupOutcome, measurements, replay
+from ..measure.outcome import GroupOutcome, replay
 from ..measure.own_files import only_own_files
 from ..records import reading
 from ..records.errors import JournalError, UsageError, first_line
@@ -38,7 +38,7 @@ from ..tracking.runs import PARENT_TAG, begin_run, end_run, log_figures, upload_
 from ..tracking.search import runs_of_sweep
 from ..tracking.store import UPLOADED_TAG, Store, open_store, ui_command
 from .cross_cell import cross_findings
-from .job import Job, identity, read_job
+from .job import Job, identity, read_job, untold
 from .results import failed_result, measured_result
 
 if TYPE_CHECKING:
@@ -401,8 +401,7 @@ def _readable(path: Path, problems: list[str]) -> Iterator[Event]:
 
 def _add_untold(job: Job, problems: list[str]) -> None:
     """Add the processes that had measured a job and whose last event the killed command had not read."""
-    own = list(measurements(_readable(job.folder / "events.jsonl", problems)))
-    for measured in own[len(job.attempts) :]:
+    for measured in untold(job, _readable(job.folder / "events.jsonl", problems)):
         outcome, number = job.tried or (GroupOutcome(), 0)
         told = dataclasses.replace(
             outcome, measured={**outcome.measured, number: measured}, texts={**outcome.texts, number: ()}

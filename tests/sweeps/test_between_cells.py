@@ -15,16 +15,20 @@ from mlflow.entities import Run
 
 from mlflow_llmbench import run
 from mlflow_llmbench.backends.fake import FakeBackend
+from mlflow_llmbench.config.spec import parse
 from mlflow_llmbench.measure import journal
 from mlflow_llmbench.measure.events import CellBegun, EvaluationBegun, Event, PauseBegun
 from mlflow_llmbench.measure.outcome import GroupOutcome, replay
 from mlflow_llmbench.measure.supervise import run_worker
-from mlflow_llmbench.measure.task import WorkerJob
+from mlflow_llmbench.measure.task import Task, WorkerJob
 from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.redaction import redact_all
 from mlflow_llmbench.records.results import RunResult
-from mlflow_llmbench.sweeps import run_recorder
+from mlflow_llmbench.sweeps import run_recorder, sweep
+from mlflow_llmbench.sweeps.executor import OnEvent, OnPause
 from mlflow_llmbench.sweeps.job import read_job
+from mlflow_llmbench.sweeps.local_executor import LocalExecutor
+from mlflow_llmbench.sweeps.planning import plan
 from mlflow_llmbench.sweeps.progress import NullListener
 from mlflow_llmbench.sweeps.results import measured_result
 from mlflow_llmbench.sweeps.sweep import SweepResult
@@ -228,3 +232,25 @@ def test_the_next_cell_begins_after_the_pause(tmp_path: Path) -> None:
     asked = [event.sent_ns for event in told if isinstance(event, PauseBegun)]
     assert len(asked) == len(ends) == 2  # none after the last cell
     assert [a < e < b for a, e, b in zip(asked, ends, begun[1:], strict=True)] == [True, True]
+
+
+class EndedUntold(LocalExecutor):
+    """Interrupted when the worker had written the last cell's end to the disk, and had not told it yet."""
+
+    def wait(self, on_event: OnEvent, on_pause: OnPause) -> tuple[Task, GroupOutcome]:
+        task, outcome = super().wait(on_event, on_pause)
+        number, _ = outcome.measured.popitem()
+        outcome.texts.pop(number)
+        outcome.interrupted = True
+        return task, outcome
+
+
+def test_a_cell_that_the_worker_completed_and_had_not_told_is_kept(store_uri: str) -> None:
+    spec = parse({**CELL, "model": "fake:ttft_ms=1+itl_ms=1", "batch_size": "1,2"})
+    executor = EndedUntold(spec.options, ["cpu"])
+    done = sweep.execute(plan(spec, executor.machine), executor, (store_uri, None))
+    assert done.outcome == "interrupted"
+    runs = children(store_uri)
+    assert {run.data.tags["llmbench.outcome"] for run in runs.values()} == {"ok"}
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    assert all("latency/ttft_ms_mean" in run.data.metrics for run in runs.values()) and len(runs) == 2
