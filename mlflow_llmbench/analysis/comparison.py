@@ -253,10 +253,10 @@ def metric_test(
         return None
     logs = [math.log(value) for value in first], [math.log(value) for value in second]
     difference = fmean(logs[1]) - fmean(logs[0])
-    parts = (*errors.units(*logs, independent=False), *errors.processes(key))
-    return MetricTest(
-        first, second, parts, t_test(difference, parts), t_test(difference, errors.units(*logs, independent=True))
-    )
+    alone = errors.units(*logs, independent=True)
+    units = errors.units(*logs, independent=False) if any(errors.disturbed) else alone
+    parts = (*units, *errors.processes(key))
+    return MetricTest(first, second, parts, t_test(difference, parts), t_test(difference, alone))
 
 
 def _check(noise: float, allow: frozenset[str]) -> None:

@@ -51,6 +51,7 @@ def _memory_by_quantization(data: FigureData) -> Drawing:
 
 def _scatter(data: FigureData) -> Drawing:
     """Draw throughput over peak memory, one dot per cell; a larger dot is a larger batch."""
+    from matplotlib.collections import LineCollection
     from matplotlib.lines import Line2D
 
     key = memory_key(data.cells)
@@ -64,15 +65,18 @@ def _scatter(data: FigureData) -> Drawing:
         (WIDTH, 5.2),
     )
     alike: dict[tuple[str, str, int], list[Measured]] = {}
+    bars: list[tuple[list[tuple[float, float]], str]] = []
     for m in own:
         looks = COLOURS.get(m.cell.quant, BROWN), data.look(data.name(m))[1], batches.index(m.cell.batch_size)
         alike.setdefault(looks, []).append(m)
     for (colour, marker, size), dots in alike.items():
         x = [m.metrics[key] * 1e-9 for m in dots]
         y, low, high = zip(*(with_interval(m, RATE) or (0.0, 0.0, 0.0) for m in dots), strict=True)
-        axes.vlines(x, low, high, color=colour, linewidth=1.0)
+        bars += [([(at, bottom), (at, top)], colour) for at, bottom, top in zip(x, low, high, strict=True)]
         form: dict[str, Any] = {"markeredgecolor": "white", "markeredgewidth": 0.6, "markersize": 4.5 + 1.6 * size}
         axes.plot(x, y, marker, linestyle="", color=colour, **form)
+    # One collection for all: adding a collection looks at every point that is there.
+    axes.add_collection(LineCollection([ends for ends, _ in bars], colors=[one for _, one in bars], linewidths=1.0))
     rates = [m.metrics[RATE] for m in own]
     if max(rates) > LOG_FROM * min(rates) > 0:
         axes.set_yscale("log")
