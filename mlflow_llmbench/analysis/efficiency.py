@@ -6,6 +6,7 @@ from collections.abc import Callable
 from statistics import fmean
 
 from ..records.cell import SPECULATIVE
+from ..records.metric import GB
 from ..records.metrics import BANDWIDTH, ENERGY, MBU, MFU, RATE_PER_GB, TOKENS_PER_STEP
 from ..records.results import LoadInfo, RunResult
 from ..records.text import finite
@@ -22,7 +23,7 @@ def rate_per_gb(result: RunResult) -> float | None:
     """Output tokens per second ÷ GB (10⁹ bytes) of peak memory: the device's if known, else needed host memory."""
     rates = unit_values(result, output_rate)
     peak = result.memory.device.get("peak") or result.memory.host_needed.get("peak")
-    return fmean(rates) / (peak / 1e9) if rates and peak else None
+    return fmean(rates) / (peak / GB) if rates and peak else None
 
 
 def tokens_per_step(result: RunResult) -> float | None:

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..records.errors import UsageError
+from ..records.metric import GB
 from ..records.metrics import (
     BATCH_SIZE,
     CONCURRENCY,
@@ -312,6 +313,8 @@ def _llama_bench(data: Any) -> Iterator[Foreign]:
             for name in ("avg_ns", "stddev_ns", "avg_ts", "stddev_ts", "model_size", "model_n_params")
         }
         metrics, own = _split("llama-bench", figures, {"model_size": WEIGHTS.key()})
+        if WEIGHTS.key() in metrics:
+            metrics[WEIGHTS.key()] /= GB
         metrics |= {
             key: float(count) for key, count in ((PROMPT_TOKENS.key(), prompt), (OUTPUT_TOKENS.key(), output)) if count
         }

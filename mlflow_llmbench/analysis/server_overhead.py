@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean
 
+from ..records.metric import GB
 from ..records.metrics import (
     ADDED_E2E,
     ADDED_MEMORY,
@@ -53,7 +54,7 @@ def added(offline: RunResult, served: RunResult) -> dict[str, float]:
         found[THROUGHPUT_RATIO.key()] = fmean(rates[1]) / fmean(rates[0])
     peaks = [one.memory.host_needed.get("peak") for one in (offline, served)]
     if peaks[0] is not None and peaks[1] is not None:
-        found[ADDED_MEMORY.key()] = peaks[1] - peaks[0]
+        found[ADDED_MEMORY.key()] = (peaks[1] - peaks[0]) / GB
     return {key: value for key, value in found.items() if value is not None}
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean, median, stdev
 from typing import Any
 
-from ..records.metric import Series
+from ..records.metric import GB, Series
 from ..records.metrics import (
     BATCH_SIZE,
     COMPILE_TIME,
@@ -127,7 +127,8 @@ def hardware_name(result: RunResult) -> str:
 def summarize(result: RunResult) -> dict[str, float]:
     """Summary metrics by MLflow key; a result without repetitions has only the settings and the memory readings.
 
-    A later family replaces figures of earlier ones; None removes what has no meaning in this scenario.
+    A later family replaces figures of earlier ones; None removes what has no meaning in this scenario. Results come
+    before settings.
     """
     return dict(_summary(result))
 
@@ -137,7 +138,8 @@ def _summary(result: RunResult) -> dict[str, float]:
     found: Figures = {}
     for family in (*ALWAYS, *(MEASURED[result.cell.scenario] if result.repetitions else ()), *BESIDES):
         found |= family(result)
-    return {key: float(value) for key, value in found.items() if value is not None and math.isfinite(value)}
+    order = sorted(found, key=lambda key: key.startswith(f"{BATCH_SIZE.section}/"))
+    return {key: float(value) for key in order if (value := found[key]) is not None and math.isfinite(value)}
 
 
 def _settings(result: RunResult) -> Figures:
@@ -152,14 +154,14 @@ def _settings(result: RunResult) -> Figures:
 def _memory(result: RunResult) -> Figures:
     stages, load = result.memory, result.load
     readings = {HOST_RSS: stages.host_rss, HOST_NEEDED: stages.host_needed, DEVICE_MEMORY: stages.device}
-    found: Figures = {metric.key(s): own.get(s) for metric, own in readings.items() for s in metric.statistics}
-    return found | {
+    sizes = {metric.key(s): own.get(s) for metric, own in readings.items() for s in metric.statistics} | {
         DEVICE_RESERVED.key("peak"): stages.device_reserved_peak,
         PREDICTED_MEMORY.key(): result.predicted_bytes,
         PREDICTED_LOADING.key(): result.predicted_load_bytes,
         WEIGHTS.key(): load.weight_bytes if load else None,
-        KV_CACHE.key(): load.kv_bytes_per_token if load else None,
     }
+    found: Figures = {key: None if size is None else size / GB for key, size in sizes.items()}
+    return found | {KV_CACHE.key(): load.kv_bytes_per_token if load else None}
 
 
 def _load(result: RunResult) -> Figures:
@@ -410,11 +412,11 @@ def _memory_series(result: RunResult) -> Iterator[Point]:
     for step in range(0, len(result.timeline), stride):
         part = result.timeline[step : step + stride]
         largest: MemorySample = max(part, key=lambda s: s.rss)
-        yield Point(HOST_RSS_SAMPLES.key, step // stride + 1, largest.rss, to_wall + largest.t_ns // 1_000_000)
+        yield Point(HOST_RSS_SAMPLES.key, step // stride + 1, largest.rss / GB, to_wall + largest.t_ns // 1_000_000)
         if largest.device is not None:
             yield Point(
                 DEVICE_SAMPLES.key,
                 step // stride + 1,
-                max(s.device or 0 for s in part),
+                max(s.device or 0 for s in part) / GB,
                 to_wall + largest.t_ns // 1_000_000,
             )

@@ -12,6 +12,9 @@ from typing import ClassVar, Generic, TypeVar
 RATIO = "0–1"
 """Unit of shares."""
 
+GB = 1e9
+"""Bytes in a GB, the unit of every figure of memory. Raw readings are in bytes."""
+
 STATISTICS = {"mean": "mean", "p50": "median", "p90": "p90", "p95": "p95", "p99": "p99"}
 """Statistic of a metric that has several → its name in words. A figure is always named with its statistic."""
 
@@ -20,8 +23,9 @@ STATISTICS = {"mean": "mean", "p50": "median", "p90": "p90", "p95": "p95", "p99"
 class Place:
     """A place that shows one statistic of a metric.
 
-    `order` sorts the metrics of a place; steps of ten leave room for others. `label`, `unit` and `scale` replace the
-    metric's own there. Metrics with one `name` stand in for each other: the first that was measured is shown.
+    `order` sorts the metrics of a place; steps of ten leave room for others. `label` and `unit` replace the metric's
+    own there, and a value is shown times `scale`. Metrics with one `name` stand in for each other: the first that was
+    measured is shown.
     """
 
     order: int
@@ -29,7 +33,7 @@ class Place:
     label: str = ""
     name: str = ""
     unit: str | None = None
-    scale: float | None = None
+    scale: float = 1.0
 
     where: ClassVar[str] = ""
 
@@ -124,8 +128,8 @@ P = TypeVar("P", bound=Place)
 class Metric:
     """One metric: section in MLflow, name, definition, unit, statistics, better direction, and the places that show it.
 
-    `title` is its name in words, `label` the heading of a table's column. `scale` and `shown_unit` turn a stored value
-    into a shown one. `tolerance` is the largest relative difference of two cells that counts as equal where no interval
+    `title` is its name in words, `label` the heading of a table's column, `shown_unit` the unit in
+    words. `tolerance` is the largest relative difference of two cells that counts as equal where no interval
     says more; without one, no cell is marked as best.
     """
 
@@ -137,7 +141,6 @@ class Metric:
     better: str = ""  # "lower", "higher", or "" for neither
     title: str = ""
     label: str = ""
-    scale: float = 1.0
     shown_unit: str | None = None  # None: `unit`
     tolerance: float | None = None
     places: tuple[Place, ...] = ()
@@ -154,7 +157,7 @@ class Metric:
 
     @property
     def display_unit(self) -> str:
-        """Unit of the shown value, which is `scale` times the stored one; "" for a ratio."""
+        """Unit of a shown value; "" for a ratio."""
         return self.unit.replace(RATIO, "") if self.shown_unit is None else self.shown_unit
 
     @property
@@ -221,7 +224,7 @@ class Entry(Generic[P]):
     @property
     def scale(self) -> float:
         """Factor from the stored to the shown value."""
-        return self.metric.scale if self.place.scale is None else self.place.scale
+        return self.place.scale
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,10 @@ from .metric import (
 from .server_names import SERVER_COUNTERS, SERVER_GAUGES, SERVER_RATIOS, SERVER_TIMES
 from .verdicts import FAILURES
 
+SCHEMA = 2
+"""Version of the names of metrics, params and tags, the tag `llmbench.schema`. Figures of results that were logged with
+another one are computed again from result.json."""
+
 STAGES = ("baseline", "loading", "loaded", "peak", "steady", "unloaded")
 """The memory stages, in the order of a worker's life cycle."""
 
@@ -41,7 +45,6 @@ SECTIONS = {
     "quality": "comparison with the unquantized model, and scores",
     "qat": "gain of a quantization-aware training",
     "load": "loading and compiling",
-    "config": "settings as numbers",
     "saturation": "a server beyond its capacity",
     "window": "an online load with and without ramp-up and drain",
     "goodput": "requests that met the service level objectives",
@@ -52,6 +55,7 @@ SECTIONS = {
     "client": "the load client itself",
     "server": "the server's own metrics, under its own names",
     "trust": "evidence behind the verdict",
+    "settings": "settings as numbers",
 }
 """Section of the MLflow UI → its content, in the order of the UI."""
 
@@ -114,36 +118,36 @@ E2E_WITH_TEXT = Metric("latency", "e2e_with_text_ms", "e2e_ms + batch · (text �
                        "ms", ("mean",), "lower")
 
 DEVICE_MEMORY = Metric(
-    "memory", "device_bytes", "device memory of our process at each stage",
-    "bytes", STAGES, "lower", "peak device memory", "device peak GB", 1e-9, "GB", 0.01,
+    "memory", "device_gb", "device memory of our process at each stage",
+    "GB", STAGES, "lower", "peak device memory", "device peak GB", tolerance=0.01,
     places=(Column(80, "peak"), Line(90, "peak"), Claim(40, "peak", name="least memory"), Compared(60, "peak"),
             Gated(60, "peak", name="memory"), Tag(110, "peak"), Panel(40, "peak", name="memory"),
             Bars(40, "peak", name="memory")))
 HOST_NEEDED = Metric(
-    "memory", "host_needed_bytes", "anonymous pages plus the bytes of parameters that live in file mappings",
-    "bytes", STAGES, "lower", "peak host memory", "host peak GB", 1e-9, "GB", 0.01,
+    "memory", "host_needed_gb", "anonymous pages plus the parameters that live in file mappings",
+    "GB", STAGES, "lower", "peak host memory", "host peak GB", tolerance=0.01,
     places=(Column(90, "peak"), Line(100, "peak", "peak host memory needed"), Claim(50, "peak", name="least memory"),
             Compared(70, "peak"), Gated(70, "peak", name="memory"), Tag(120, "peak"), Panel(50, "peak", name="memory"),
             Bars(50, "peak", name="memory")))
 HOST_RSS = Metric(
-    "memory", "host_rss_bytes", "resident memory of the worker at each stage",
-    "bytes", STAGES, "lower", "peak resident memory", "", 1e-9, "GB", places=(Bars(60, "peak", name="memory"),))
+    "memory", "host_rss_gb", "resident memory of the worker at each stage",
+    "GB", STAGES, "lower", "peak resident memory", places=(Bars(60, "peak", name="memory"),))
 DEVICE_RESERVED = Metric(
-    "memory", "device_reserved_bytes", "maximum held by the allocator", "bytes", ("peak",), "lower")
+    "memory", "device_reserved_gb", "maximum held by the allocator", "GB", ("peak",), "lower")
 WEIGHTS = Metric(
-    "memory", "weight_bytes", "parameters as stored, quantization metadata and inner tensors included",
-    "bytes", ("",), "lower", "weights", "weights GB", 1e-9, "GB",
+    "memory", "weight_gb", "parameters as stored, quantization metadata and inner tensors included",
+    "GB", ("",), "lower", "weights", "weights GB",
     places=(Column(100), Line(120, label="weights as stored"), Compared(80),
             # Weights add nothing to a check of the memory.
             Gated(80, name="weights", only_if_limited=True), Tag(130), Bars(70, name="memory")))
-PREDICTED_MEMORY = Metric("memory", "predicted_bytes", "peak estimated before anything was loaded", "bytes")
+PREDICTED_MEMORY = Metric("memory", "predicted_gb", "peak estimated before anything was loaded", "GB")
 PREDICTED_LOADING = Metric(
-    "memory", "predicted_loading_bytes", "peak of the load, estimated before anything was loaded", "bytes")
+    "memory", "predicted_loading_gb", "peak of the load, estimated before anything was loaded", "GB")
 KV_CACHE = Metric("memory", "kv_bytes_per_token", "KV cache per token and row", "bytes", better="lower")
 
 RATE_PER_GB = Metric(
     "efficiency", "tokens_per_s_per_gb",
-    "output throughput ÷ peak memory in 10⁹ bytes (device if there is one, else host needed)",
+    "output throughput ÷ peak memory (device if there is one, else host needed)",
     "1/s/GB", better="higher")
 MBU = Metric(
     "efficiency", "mbu_ratio",
@@ -221,13 +225,6 @@ COMPILE_TIME = Metric(
     "s", ("",), "lower", "compiling, besides", places=(Line(190),))
 FIRST_CALL = Metric("load", "first_call_ms", "first call, cold", "ms", better="lower")
 
-BATCH_SIZE = Metric("config", "batch_size", "setting, as a number to filter and plot by")
-PROMPT_TOKENS = Metric("config", "prompt_tokens", "setting (with auto: mean of what was sent)")
-OUTPUT_TOKENS = Metric("config", "output_tokens", "setting")
-CONCURRENCY = Metric("config", "concurrency", "setting of a closed loop: users")
-ASKED_RATE = Metric("config", "request_rate", "setting of an open loop", "1/s")
-RAMP_TO = Metric("config", "ramp_to", "setting of a ramp: final rate", "1/s")
-
 SATURATION_RATE = Metric(
     "saturation", "requests_per_s",
     "open loop beyond the server's capacity: answers per second (in a ramp: of the last third of its "
@@ -270,8 +267,8 @@ ADDED_TTFT = Metric(
 ADDED_TPOT = Metric("twin", "added_tpot_ms", "the same for the mean time per output token",
                     "ms", INTERVAL, "lower", label="added TPOT ms", places=(Column(60),))
 ADDED_E2E = Metric("twin", "added_e2e_ms", "the same for the median end-to-end latency", "ms", INTERVAL, "lower")
-ADDED_MEMORY = Metric("twin", "added_host_needed_bytes", "the same for peak host memory, one reading each",
-                      "bytes", better="lower")
+ADDED_MEMORY = Metric("twin", "added_host_needed_gb", "the same for peak host memory, one reading each",
+                      "GB", better="lower")
 THROUGHPUT_RATIO = Metric("twin", "throughput_ratio", "output tokens per second with the server ÷ without it",
                           better="higher")
 
@@ -343,6 +340,13 @@ VARIATION = Metric(
     "trust", "cv_ratio", "standard deviation of the throughput over repetitions (processes if several) ÷ its mean",
     better="lower")
 
+BATCH_SIZE = Metric("settings", "batch_size", "setting, as a number to filter and plot by")
+PROMPT_TOKENS = Metric("settings", "prompt_tokens", "setting (with auto: mean of what was sent)")
+OUTPUT_TOKENS = Metric("settings", "output_tokens", "setting")
+CONCURRENCY = Metric("settings", "concurrency", "setting of a closed loop: users")
+ASKED_RATE = Metric("settings", "request_rate", "setting of an open loop", "1/s")
+RAMP_TO = Metric("settings", "ramp_to", "setting of a ramp: final rate", "1/s")
+
 TRAINING_LOSS = Series("qat", "loss", "step = step of the optimizer: mean loss of its sequences", "nats per token")
 ITL_BY_TOKEN = Series("steps", "itl_ms", "step = token index i (2 … N): median gap over repetitions", "ms")
 TTFT_BY_REPETITION = Series("steps", "ttft_ms", "step = repetition: median over its requests", "ms")
@@ -356,8 +360,8 @@ TURN_TTFT = Series("steps", "turn_ttft_ms", "step = turn of a conversation: medi
 TURN_E2E = Series("steps", "turn_e2e_ms", "the same", "ms")
 TURN_PROMPT_TOKENS = Series("steps", "turn_prompt_tokens", "the same: mean length of the prompt, including its history")
 TURN_PREFILLED_TOKENS = Series("steps", "turn_prefilled_tokens", "the same: mean length of its computed part")
-HOST_RSS_SAMPLES = Series("steps", "host_rss_bytes", "step = sample", "bytes")
-DEVICE_SAMPLES = Series("steps", "device_bytes", "step = sample", "bytes")
+HOST_RSS_SAMPLES = Series("steps", "host_rss_gb", "step = sample", "GB")
+DEVICE_SAMPLES = Series("steps", "device_gb", "step = sample", "GB")
 ITL_PERCENTILES = Series("percentiles", "itl_ms", "step = percentile 1 … 99", "ms")
 TTFT_PERCENTILES = Series("percentiles", "ttft_ms", "step = percentile 1 … 99", "ms")
 # fmt: on
@@ -394,5 +398,5 @@ def by_name(place: type[P]) -> dict[str, tuple[Entry[P], ...]]:
 
 
 def peak_memory(figures: Mapping[str, float | None]) -> float | None:
-    """Peak memory in bytes: of the device if known, else needed on the host; None if neither is."""
+    """Peak memory in GB: of the device if known, else needed on the host; None if neither is."""
     return next((value for key in PEAK_MEMORY if (value := figures.get(key))), None)

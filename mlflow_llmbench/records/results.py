@@ -1,7 +1,7 @@
 """Records: frozen dataclasses of what was measured and what it means. The request itself is a `Cell`.
 
 They only check themselves. Times are integer nanoseconds of one monotonic clock, sizes are bytes, absent values are
-None. `codec` turns them to JSON and back; `SCHEMA` is the version of the format and of the vocabulary.
+None. `codec` turns them to JSON and back; `FORMAT` is the version of their format.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from .cell import Cell
 from .mixed_plan import QuantPlan
 from .noise import OMITTED, Noise
 
-SCHEMA = 1
+FORMAT = 1
+"""Version of the format of result.json. The figures in MLflow have a version of their own, `metrics.SCHEMA`."""
+
 FIRST_RULES, RULES = 1, 2
 """Rules of verdicts. By the first ones, contention was judged from 0.5 s of repetitions on, by CPU times alone, and the
 client's lateness by fixed limits: results of that time keep the verdict that they were published with."""
@@ -397,7 +399,7 @@ class RunResult:
     resumed: str | None = field(default=None, metadata=OMITTED)
     # True if it was kept between cells: quality, unloaded memory, timeline and log come with the end of its group.
     incomplete: bool | None = field(default=None, metadata=OMITTED)
-    schema: int = SCHEMA
+    schema: int = FORMAT
     # Rules of the verdict on the machine and the client. Files of versions before they were recorded have the first.
     rules: int = field(default=RULES, metadata={"absent": FIRST_RULES})
 

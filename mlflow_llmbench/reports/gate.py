@@ -97,7 +97,5 @@ def gate_junit(gate: Gate, champion: str, candidate: str) -> str:
 
 def _value(key: str, value: float) -> str:
     metric = KEYS.get(key)
-    if metric is not None and metric.unit == "bytes":
-        return f"{value / 1e9:.4g} GB"
     unit = metric.unit if metric is not None and metric.unit != "0–1" else ""
     return f"{value:.4g} {unit}".strip()

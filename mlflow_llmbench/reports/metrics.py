@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..records.metric import Metric, Series
-from ..records.metrics import METRICS, SECTIONS, SERIES
+from ..records.metrics import METRICS, SCHEMA, SECTIONS, SERIES
 from .tables import table_of_markdown
 
 HEAD = ("key", "unit", "better", "definition", "shown in")
@@ -22,7 +22,8 @@ Keys of the metrics of an MLflow run, one section per prefix. A key with braces 
 `ttft_ms_{{mean, p50}}` is `ttft_ms_mean` and `ttft_ms_p50`. An ending stands for the key before it with this ending.
 A value that is not known or not defined is absent, never 0. A percentile is absent if the sample does not support it.
 A request is sent at t0, and its output tokens arrive at t1 … tN; P is the number of prompt tokens, N that of output
-tokens. This page is generated from the table in `mlflow_llmbench/records/metrics.py`.
+tokens. GB are 10⁹ bytes. These are the names of runs with the tag `llmbench.schema` = {SCHEMA}. This page is generated
+from the table in `mlflow_llmbench/records/metrics.py`.
 
 {sections}
 

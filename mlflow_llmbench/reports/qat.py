@@ -27,8 +27,8 @@ from ..records.metrics import (
     UNTRAINED_TOP1,
 )
 from ..records.results import Quality
+from ..records.text import short_number_text
 from .escaping import markdown, plain
-from .result import shown
 from .tables import markdown_table, split_table, text_table
 
 UNQUANTIZED, UNTRAINED, TRAINED = "unquantized", "untrained", "trained"
@@ -100,8 +100,8 @@ def conclusion(done: Trained) -> str:
     if reduction is None or reduction.low is None or reduction.high is None:
         return "The effect of the training could not be measured."
     ends = (
-        f"{shown(KL_REDUCTION.key(), reduction.value)} nats "
-        f"[{shown(KL_REDUCTION.key(), reduction.low)}, {shown(KL_REDUCTION.key(), reduction.high)}]"
+        f"{short_number_text(reduction.value)} nats "
+        f"[{short_number_text(reduction.low)}, {short_number_text(reduction.high)}]"
     )
     if reduction.low > 0:
         share = f"{100 * found[KL_RECOVERED.key()]:.0f} % of the KL divergence that {QUANT} costs without it"
@@ -121,18 +121,18 @@ def table_body(done: Trained) -> list[list[str]]:
     body = []
     for name, title in names.items():
         if name in done.qualities:
-            body.append([title, *(_shown(metric.key(), ESTIMATES[metric](done.qualities[name])) for metric in SCORES)])
+            body.append([title, *(_shown(ESTIMATES[metric](done.qualities[name])) for metric in SCORES)])
     return body
 
 
-def _shown(key: str, estimate: Estimate | None) -> str:
+def _shown(estimate: Estimate | None) -> str:
     if estimate is None:
         return "–"
-    value = shown(key, estimate.value)
+    value = short_number_text(estimate.value)
     return (
         value
         if estimate.low is None or estimate.high is None
-        else f"{value} [{shown(key, estimate.low)}, {shown(key, estimate.high)}]"
+        else f"{value} [{short_number_text(estimate.low)}, {short_number_text(estimate.high)}]"
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..analysis.decisions.candidates import Candidate, Measure, figure, interval
 from ..analysis.decisions.recommend import GOALS, Recommendation
+from ..records.metrics import SCHEMA
 from .escaping import markdown, plain
 from .tables import MISSING, markdown_table, text_table
 
@@ -56,7 +57,7 @@ def recommendation_json(found: Recommendation) -> dict[str, Any]:
     """Return the recommendation as plain JSON data; `llmbench register` reads `winner`."""
     names = {id(one) for one in found.front}
     return {
-        "schema": 1,
+        "schema": SCHEMA,
         "goal": found.goal,
         "limits": [
             {"option": limit.option, "metric": limit.measure.keys[-1], "bound": limit.bound} for limit in found.limits

@@ -6,7 +6,6 @@ from typing import Any
 
 from ..analysis.comparison import SIGNIFICANCE
 from ..analysis.decisions.equivalence import WORDS, Reproduction
-from ..records.metrics import KEYS
 from ..records.text import finite, number_text
 from .escaping import markdown, plain
 from .tables import markdown_table, p_text, range_text, text_table
@@ -19,8 +18,8 @@ def reproduction_cells(found: Reproduction) -> list[list[str]]:
     return [
         [
             f.label or f.key,
-            _value(f.key, f.original),
-            _value(f.key, f.again),
+            number_text(f.original),
+            number_text(f.again),
             f"{f.ratio:.3f}",
             range_text(f.low, f.high),
             p_text(f.p_within),
@@ -29,10 +28,6 @@ def reproduction_cells(found: Reproduction) -> list[list[str]]:
         ]
         for f in found.findings
     ]
-
-
-def _value(key: str, value: float) -> str:
-    return number_text(value * (KEYS[key].scale if key in KEYS else 1))
 
 
 def _method(found: Reproduction) -> str:

@@ -23,8 +23,6 @@ from ..records.environment import GPU_SOFTWARE, QUOTA, quota_text
 from ..records.invocation import option_name
 from ..records.metric import RATIO, Column, Entry, Line, interval_keys
 from ..records.metrics import (
-    DEVICE_MEMORY,
-    HOST_NEEDED,
     KEYS,
     OUTPUT_RATE,
     REPETITIONS,
@@ -76,7 +74,7 @@ def row_of(result: RunResult) -> Row:
     row = Row(
         result.cell,
         result.outcome,
-        peak_bytes=_peak_bytes(result, metrics),
+        peak_bytes=_peak_bytes(result),
         predicted_bytes=result.predicted_bytes,
         started_ms=result.started_ms,
         ended_ms=result.ended_ms,
@@ -94,19 +92,13 @@ def with_figures(row: Row, figures: Metrics) -> Row:
     return dataclasses.replace(row, metrics={**row.metrics, **figures}) if figures else row
 
 
-def _peak_bytes(result: RunResult, metrics: Metrics) -> int | None:
+def _peak_bytes(result: RunResult) -> int | None:
     """Return the peak memory in bytes, of the load too: of the device, else needed host memory, else of the samples."""
-    found = ([metrics.get(of.key(stage)) or 0 for stage in ("peak", "loading")] for of in (DEVICE_MEMORY, HOST_NEEDED))
-    peak = next((max(one) for one in found if any(one)), None)
-    if peak is None and result.timeline:
-        devices = [sample.device for sample in result.timeline if sample.device is not None]
-        peak = max(devices) if devices else max(sample.anonymous for sample in result.timeline)
-    return None if peak is None else int(peak)
-
-
-def shown(key: str, value: float) -> str:
-    """Format a metric for a table: scaled, with about three significant digits."""
-    return short_number_text(value * KEYS[key].scale)
+    for stages in (result.memory.device, result.memory.host_needed):
+        if peak := max(stages.get("peak", 0), stages.get("loading", 0)):
+            return peak
+    devices = [sample.device for sample in result.timeline if sample.device is not None]
+    return max(devices or [sample.anonymous for sample in result.timeline], default=None)
 
 
 def _figure(key: str, value: float) -> str:
@@ -134,7 +126,7 @@ def table_cells(rows: Sequence[Row], varied: Sequence[str]) -> tuple[list[str], 
     heading = [*names, *(entry.heading for entry in columns), "verdict"]
     body = []
     for row in rows:
-        values = [shown(one.key, row.metrics[one.key]) if one.key in row.metrics else "–" for one in columns]
+        values = [short_number_text(row.metrics[one.key]) if one.key in row.metrics else "–" for one in columns]
         known = cell_fields(row.cell)
         body.append(
             [
@@ -161,7 +153,7 @@ def row_text(row: Row) -> str:
     figures = [
         f"{short_number_text(rate)} tokens/s" if rate else "",
         f"TTFT {short_number_text(ttft)} ms" if ttft else "",
-        f"{short_number_text(memory / 1e9)} GB" if memory else "",
+        f"{short_number_text(memory)} GB" if memory else "",
     ]
     return " · ".join([*filter(None, figures), row.state])
 

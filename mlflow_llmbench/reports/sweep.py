@@ -17,10 +17,11 @@ from ..analysis.memory_frontier import TRIED, Attempt, Frontier, frontiers
 from ..config.cells import LOADED, asked_params, option_params, sweep_name
 from ..config.spec import BenchSpec
 from ..records.cell import PARAMETERS, Cell, as_text, default_text
-from ..records.metric import Claim, interval_keys
+from ..records.metric import GB, Claim, interval_keys
 from ..records.metrics import DEVICE_MEMORY, ITL, KEYS, OUTPUT_RATE, PEAK_MEMORY, RELATIVE_HALF_WIDTH, TTFT, by_name
+from ..records.text import short_number_text
 from .escaping import code_block, markdown
-from .result import Row, columns_of, command, command_line, environment_facts, explanations, shown, table_cells
+from .result import Row, columns_of, command, command_line, environment_facts, explanations, table_cells
 from .tables import Table, markdown_table
 
 ALIKE = (
@@ -134,7 +135,7 @@ def headline(rows: Sequence[Row], varied: Sequence[str]) -> str:
         best = leaders(rows, entry.key) if entry else []
         if entry and best:
             names = _listed([_called(row, varied) for row in best])
-            parts.append(f"{claim}: {names}, {shown(entry.key, best[0].metrics[entry.key])} {entry.unit}".rstrip())
+            parts.append(f"{claim}: {names}, {short_number_text(best[0].metrics[entry.key])} {entry.unit}".rstrip())
     return "; ".join(parts) + "."
 
 
@@ -285,7 +286,7 @@ def shape(cell: Cell) -> str:
 
 
 def _gigabytes(size: int | None) -> str:
-    return "" if size is None else shown(DEVICE_MEMORY.key("peak"), size)
+    return "" if size is None else short_number_text(size / GB)
 
 
 def _range(ratios: tuple[float, float] | None) -> str:

@@ -20,7 +20,7 @@ from ..records.errors import JournalError
 from ..records.invocation import command_text
 from ..records.reading import Unreadable
 from ..records.redaction import redact
-from ..records.results import HASH_DIGITS, SCHEMA, RunResult
+from ..records.results import FORMAT, HASH_DIGITS, RunResult
 from ..tracking.explanations import reason
 from ..tracking.search import download_result, find_measured
 from ..workloads.prompts import load_text
@@ -83,7 +83,7 @@ def _is_same(found: RunResult, job: Job, env_hashes: Sequence[str]) -> bool:
     """Return True if a whole result was measured, not taken over, with the configuration and workload of a job."""
     ours = [getattr(found.hashes, name) == getattr(job.planned.hashes, name) for name in ("config", "workload")]
     is_own = not found.linked and not found.incomplete
-    return found.schema == SCHEMA and is_own and found.hashes.env in env_hashes and all(ours)
+    return found.schema == FORMAT and is_own and found.hashes.env in env_hashes and all(ours)
 
 
 def _is_valid(found: RunResult) -> bool:

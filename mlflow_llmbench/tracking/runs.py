@@ -22,9 +22,10 @@ from ..config.choices import WORKLOADS
 from ..config.spec import cell_fields
 from ..records.cell import Cell, as_text
 from ..records.errors import TrackingError
+from ..records.metrics import SCHEMA
 from ..records.quantizations import COLOURS
 from ..records.redaction import redact, redact_all
-from ..records.results import SCHEMA, RunResult, Verdict
+from ..records.results import RunResult, Verdict
 from ..records.verdicts import OUTCOMES
 from ..reports.result import summary_markdown
 from .explanations import plain_errors

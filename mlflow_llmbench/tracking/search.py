@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..records.errors import TrackingError
 from ..records.invocation import command_text
-from ..records.results import SCHEMA, Hashes
+from ..records.results import Hashes
 from .explanations import plain_errors, reason
 from .reach import without_user
 from .store import UPLOADED_TAG, Store
@@ -33,7 +33,6 @@ def find_measured(store: Store, hashes: Hashes) -> list[str]:
         "workload_hash": hashes.workload,
         "outcome": "ok",
         "verdict": "valid",
-        "schema": str(SCHEMA),
     }
     clauses = [f"tags.`llmbench.{key}` = '{value}'" for key, value in wanted.items()] + [
         f"tags.`{UPLOADED_TAG}` = 'true'"

@@ -46,7 +46,7 @@ MACHINE = {
     "driver": "550",
     "cuda": "12.4",
 }
-RATE, MEMORY = "throughput/output_tokens_per_s", "memory/host_needed_bytes_peak"
+RATE, MEMORY = "throughput/output_tokens_per_s", "memory/host_needed_gb_peak"
 
 
 def result(
@@ -134,7 +134,7 @@ def test_each_metric_has_its_own_definition_and_direction() -> None:
     single = {e.key: (e.ratio, e.effect) for e in comparison.effects if e.p_holm is None}
     assert single == {
         MEMORY: (0.55, "not tested"),
-        "memory/weight_bytes": (0.25, "not tested"),
+        "memory/weight_gb": (0.25, "not tested"),
         "load/load_s": (1.5, "not tested"),
     }
     assert {effect.key for effect in comparison.effects} <= set(KEYS)
@@ -243,7 +243,7 @@ def test_pairs_see_through_a_drift_that_both_share() -> None:
 def test_memory_is_not_compared_across_host_and_device() -> None:
     gpu = result(spread(0.5), "fp16", memory=MemoryStages(host_needed={"peak": 10**9}, device={"peak": 4 * 10**9}))
     assert compare(BF16, gpu).memory is None
-    assert compare(gpu, dataclasses.replace(gpu, ended_ms=2)).memory.key == "memory/device_bytes_peak"
+    assert compare(gpu, dataclasses.replace(gpu, ended_ms=2)).memory.key == "memory/device_gb_peak"
 
 
 def test_names_are_what_differs() -> None:

@@ -57,7 +57,7 @@ def test_a_worked_example() -> None:
             **dict.fromkeys(("twin/added_tpot_ms", "twin/added_tpot_ms_ci_low", "twin/added_tpot_ms_ci_high"), 2),
             **dict.fromkeys(("twin/added_e2e_ms", "twin/added_e2e_ms_ci_low", "twin/added_e2e_ms_ci_high"), 26),
             "twin/throughput_ratio": 25 / 51,
-            "twin/added_host_needed_bytes": 40,
+            "twin/added_host_needed_gb": 40e-9,
         }
     )
     told = server_overhead.sentence("m", found)
@@ -266,8 +266,8 @@ def test_transformers_serve_with_and_without_batching_beside_its_twin(
         assert one.data.metrics["errors/failed_ratio"] == 0
         low, added, high = (one.data.metrics[f"twin/added_ttft_ms{end}"] for end in ("_ci_low", "", "_ci_high"))
         assert low <= added <= high  # its sign is the machine's where others use it too
-        assert one.data.metrics["memory/host_needed_bytes_loaded"] > 50e6
-        assert one.data.metrics["memory/host_needed_bytes_unloaded"] == 0
+        assert one.data.metrics["memory/host_needed_gb_loaded"] > 0.05
+        assert one.data.metrics["memory/host_needed_gb_unloaded"] == 0
         assert one.data.params["server.ignore_eos"] in ("asked", "refused")
         assert "server.log" in {file.path for file in client.list_artifacts(one.info.run_id)}
     assert offline.data.params["batch_size"] == "2"

@@ -41,8 +41,8 @@ FAILED_CELL, VALID, STREAM, SERVER, TINY, KILLED = (
 )
 """Sweeps in the data. The command of the last one was killed before it could upload anything."""
 
-OF_UPLOAD = re.compile(r"llmbench\.(?!gate|registered)")
-"""Our tags, without those that register and gate add to a run later."""
+OF_UPLOAD = re.compile(r"llmbench\.(?!gate|registered|schema)")
+"""Our tags, without those that register and gate add to a run later, and without the version of the names."""
 
 BUSY = ("--accept-suspect", "the data were measured on a busy machine")
 CELL = {"backend": "fake", "prompt_tokens": 4, "output_tokens": 6, "repetitions": 5, "warmup": 1, "threads": 1}
@@ -92,6 +92,13 @@ def runs_of(uri: str, sweep: str) -> dict[str, Run]:
     return {str(one.info.run_name): one for one in found}
 
 
+def of_schema_2(key: str) -> tuple[str, float]:
+    """The present key of a metric of schema 1, and how many of its units make one of the present."""
+    if key.startswith(("memory/", "steps/host_rss", "steps/device")) and key != "memory/kv_bytes_per_token":
+        return key.replace("_bytes", "_gb"), 1e9
+    return key.replace("config/", "settings/"), 1.0
+
+
 def store_of(folder: Path) -> str:
     return f"sqlite:///{folder}/mlflow.db"
 
@@ -107,7 +114,7 @@ def last_json(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("sweep", [FAILED_CELL, VALID, STREAM, SERVER, TINY])
 def test_an_old_folder_uploads_to_the_runs_that_it_had(old: Path, fresh_uri: str, sweep: str) -> None:
-    """Params, metrics, their histories and our tags are those that the old version uploaded."""
+    """Params, metrics, their histories and our tags are those that the old version uploaded, by their new names."""
     before = runs_of(store_of(old), sweep)
     done = upload(str(old / "llmbench-results" / sweep), fresh_uri)
     after = runs_of(fresh_uri, sweep)
@@ -117,13 +124,14 @@ def test_an_old_folder_uploads_to_the_runs_that_it_had(old: Path, fresh_uri: str
         other = after[name]
         assert other.info.status == one.info.status
         assert other.data.params == one.data.params
-        assert other.data.metrics.items() >= one.data.metrics.items()
         for key in one.data.metrics:
+            now, unit = of_schema_2(key)
             histories = [
-                [(m.step, m.value, m.timestamp) for m in client.get_metric_history(of.info.run_id, key)]
-                for client, of in zip(clients, (one, other), strict=True)
+                [(m.step, m.value / scale, m.timestamp) for m in client.get_metric_history(of.info.run_id, called)]
+                for client, of, called, scale in zip(clients, (one, other), (key, now), (unit, 1), strict=True)
             ]
             assert histories[0] == histories[1]
+        assert one.data.tags["llmbench.schema"] == "1" and other.data.tags["llmbench.schema"] == "2"
         tags = {key: value for key, value in one.data.tags.items() if OF_UPLOAD.match(key)}
         assert other.data.tags.items() >= tags.items()
 

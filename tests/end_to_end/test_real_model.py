@@ -63,7 +63,7 @@ def test_real_weights_answer_ten_questions_in_three_quantizations(
     client = MlflowClient(store_uri)
     runs = {r.data.params["quant"]: r for r in client.search_runs(["0"]) if "mlflow.parentRunId" in r.data.tags}
     assert set(runs) == set(QUANTIZATIONS)
-    sizes = [runs[quant].data.metrics["memory/weight_bytes"] for quant in QUANTIZATIONS]
+    sizes = [runs[quant].data.metrics["memory/weight_gb"] for quant in QUANTIZATIONS]
     assert sizes == sorted(sizes, reverse=True)
     for run in runs.values():
         assert run.data.params["model.parameters"] == "268098176"

@@ -188,7 +188,7 @@ def test_a_killed_sweep_is_ended_at_the_next_start_and_nothing_measured_is_lost(
     }
     kept = next(one for one in runs(store_uri).values() if one.info.run_name == "batch_size=2")
     assert kept.data.metrics["trust/repetitions"] == 5
-    assert kept.data.metrics["memory/host_rss_bytes_peak"] > 0
+    assert kept.data.metrics["memory/host_rss_gb_peak"] > 0
     before = states(store_uri)
     fake("ttft_ms=1", rerun="true")
     assert {name: state for name, state in states(store_uri).items() if name in before} == before
@@ -282,7 +282,7 @@ def test_a_model_larger_than_the_limit_of_memory_is_ended_before_the_machine_suf
     assert result.rows[0].outcome == "oom"
     assert "at stage loading" in result.rows[0].message and "since memory_limit is 0.300 GB" in result.rows[0].message
     [failed] = runs(store_uri).values()
-    assert 300e6 < failed.data.metrics["memory/host_needed_bytes_peak"] < 600e6
+    assert 0.3 < failed.data.metrics["memory/host_needed_gb_peak"] < 0.6
     assert fake("memory_mb=100+load_ms=1", memory_limit="300MB").outcome == "ok"
 
 

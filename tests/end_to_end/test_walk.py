@@ -147,5 +147,5 @@ def test_from_a_sweep_to_a_guarded_deployment(store_uri: str, tmp_path: Path) ->
     assert again.returncode == reproduced["exit_code"] == codes[reproduced["verdict"]]
     states = {finding["key"]: finding["state"] for finding in reproduced["findings"]}
     # Times are those of whatever else runs here; the loaded model and its memory are the same again.
-    assert {states["memory/weight_bytes"], states["memory/host_needed_bytes_peak"]} == {"equivalent"}
+    assert {states["memory/weight_gb"], states["memory/host_needed_gb_peak"]} == {"equivalent"}
     assert "This machine and its software are those of models:/support-bot/1." in again.stdout

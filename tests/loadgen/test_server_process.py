@@ -196,12 +196,12 @@ def test_a_sweep_over_a_servers_quantizations_is_runs_in_mlflow(
     for one in cells:
         metrics = one.data.metrics
         needed = {
-            stage: metrics[f"memory/host_needed_bytes_{stage}"]
+            stage: metrics[f"memory/host_needed_gb_{stage}"]
             for stage in ("baseline", "loaded", "peak", "steady", "unloaded")
         }
-        assert needed["baseline"] < 100e6 < 200e6 < needed["loaded"] <= needed["peak"]
-        assert 200e6 < needed["steady"] < 400e6
-        assert needed["unloaded"] == metrics["memory/host_rss_bytes_unloaded"] == 0
+        assert needed["baseline"] < 0.1 < 0.2 < needed["loaded"] <= needed["peak"]
+        assert 0.2 < needed["steady"] < 0.4
+        assert needed["unloaded"] == metrics["memory/host_rss_gb_unloaded"] == 0
         assert metrics["load/load_s"] > 0
         assert metrics["efficiency/tokens_per_s_per_gb"] > 0
         assert one.data.params["launch"] == command
@@ -242,7 +242,7 @@ def test_a_server_that_exits_at_once_is_a_failed_run_with_the_end_of_its_log(sto
     assert row.message == "The server ended by itself, with exit code 3. Its log ends with: no such model, sorry"
     [log] = tmp_path.glob("llmbench-results/*/*/artifacts/server.log")
     assert log.read_text() == "no such model, sorry \n"
-    assert "memory/host_rss_bytes_loaded" not in row.metrics
+    assert "memory/host_rss_gb_loaded" not in row.metrics
 
 
 def test_a_server_that_crashes_in_the_middle_is_told_as_such(store_uri: str) -> None:

@@ -143,7 +143,7 @@ def test_summary_of_a_real_measurement_agrees_with_the_script() -> None:
     )
     assert metrics["throughput/output_tokens_per_s"] <= 4 * 8 / 0.024
     assert metrics["throughput/per_instance_tokens_per_s"] == metrics["throughput/output_tokens_per_s"] / 4
-    assert metrics["config/prompt_tokens"] == 4
+    assert metrics["settings/prompt_tokens"] == 4
 
 
 def test_each_text_has_the_time_of_its_own_encoding_and_decoding(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,14 +107,14 @@ def test_a_worked_example() -> None:
     assert metrics["in_flight/requests_max"] == 2
     assert metrics["in_flight/requests_mean"] == pytest.approx((2 * 85 + 1 * 35) / 120)
     assert metrics["lengths/output_tokens_mean"] == 4
-    assert (metrics["config/concurrency"], metrics["errors/failed_ratio"]) == (2, 0)
+    assert (metrics["settings/concurrency"], metrics["errors/failed_ratio"]) == (2, 0)
     assert metrics["client/resent_requests"] == 0
     assert (
         summarize(result(*TWO_USERS, client=dataclasses.replace(QUIET, retries=2)))["client/resent_requests"] == 5 * 2
     )
     assert judge(one, metrics).word == "valid"
     for absent in (
-        "config/batch_size",
+        "settings/batch_size",
         "throughput/prefill_tokens_per_s",
         "latency/icl_ms_p50",
         "client/send_delay_ms_p50",
@@ -137,8 +137,8 @@ def test_an_open_loop_counts_from_the_intended_time() -> None:
     )
     assert metrics["client/send_delay_ms_p50"] == 2
     assert metrics["client/rate_ratio"] == pytest.approx(25 / 27)
-    assert metrics["config/request_rate"] == 20
-    assert "config/concurrency" not in metrics
+    assert metrics["settings/request_rate"] == 20
+    assert "settings/concurrency" not in metrics
 
 
 def test_gaps_between_chunks_are_never_called_inter_token_latency() -> None:
@@ -347,7 +347,7 @@ def test_a_ramp_finds_what_the_server_can_do() -> None:
     slow = ramp_result(20)
     metrics = summarize(slow)
     assert metrics["saturation/requests_per_s"] == pytest.approx(50, rel=0.01)
-    assert (metrics["config/request_rate"], metrics["config/ramp_to"]) == (1, 100)
+    assert (metrics["settings/request_rate"], metrics["settings/ramp_to"]) == (1, 100)
     assert codes(slow) == {"saturated"}
     [reason] = judge(slow, metrics).reasons
     assert reason.sentence.startswith(
@@ -474,7 +474,7 @@ def test_a_ramp_is_a_cell(server: str, store_uri: str) -> None:
     )
     [row] = done.rows
     assert row.outcome == "ok"
-    assert (row.metrics["config/request_rate"], row.metrics["config/ramp_to"]) == (10, 200)
+    assert (row.metrics["settings/request_rate"], row.metrics["settings/ramp_to"]) == (10, 200)
 
 
 def test_an_open_loop_is_a_cell(server: str, store_uri: str) -> None:
@@ -492,7 +492,7 @@ def test_an_open_loop_is_a_cell(server: str, store_uri: str) -> None:
     )
     [row] = done.rows
     assert row.outcome == "ok"
-    assert row.metrics["config/request_rate"] == 100
+    assert row.metrics["settings/request_rate"] == 100
     assert row.metrics["client/rate_ratio"] > 0.5
     assert "client/send_delay_ms_p50" in row.metrics
 

@@ -322,13 +322,17 @@ def test_figures_of_a_stream_by_hand() -> None:
     assert metrics["latency/e2e_ms_mean"] == pytest.approx((50 + 20 + 45) / 3)
     assert metrics["latency/tpot_ms_mean"] == pytest.approx(10)
     assert metrics["client/stamp_lag_ms_mean"] == pytest.approx(3)
-    assert (metrics["config/batch_size"], metrics["config/request_rate"], metrics["lengths/output_tokens_mean"]) == (
+    assert (
+        metrics["settings/batch_size"],
+        metrics["settings/request_rate"],
+        metrics["lengths/output_tokens_mean"],
+    ) == (
         3,
         100,
         pytest.approx(8 / 3),
     )
     assert not {
-        "config/concurrency",
+        "settings/concurrency",
         "efficiency/mbu_ratio",
         "efficiency/mfu_ratio",
         "throughput/prefill_tokens_per_s",

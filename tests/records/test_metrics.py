@@ -66,23 +66,21 @@ def test_a_claim_is_about_cells_that_can_be_told_apart() -> None:
 
 
 def test_the_place_overrides_the_metric() -> None:
-    metric = Metric("memory", "x_bytes", "", "bytes", ("peak",), "lower", "peak x", "x GB", 1e-9, "GB")
-    own, other = (
-        Entry(metric, place) for place in (Column(1, "peak"), Line(1, "peak", "the x", unit="kB", scale=1e-3))
-    )
+    metric = Metric("memory", "x_gb", "", "GB", ("peak",), "lower", "peak x", "x GB")
+    own, other = (Entry(metric, place) for place in (Column(1, "peak"), Line(1, "peak", "the x", unit="MB", scale=1e3)))
     assert (own.key, own.heading, own.words, own.title, own.unit, own.scale, own.name) == (
-        "memory/x_bytes_peak", "x GB", "peak x", "Peak x", "GB", 1e-9, "memory/x_bytes_peak"
+        "memory/x_gb_peak", "x GB", "peak x", "Peak x", "GB", 1.0, "memory/x_gb_peak"
     )  # fmt: skip
-    assert (other.words, other.unit, other.scale) == ("the x", "kB", 1e-3)
+    assert (other.words, other.unit, other.scale) == ("the x", "MB", 1e3)
     assert Entry(Metric("trust", "y", "", "0–1"), Tag(1)).unit == ""
 
 
 def test_metrics_of_one_name_stand_in_for_each_other() -> None:
     for place in (Claim, Gated, Panel, Bars):
         [peaks] = [entries for entries in by_name(place).values() if len(entries) > 1]
-        assert [entry.key for entry in peaks][:2] == ["memory/device_bytes_peak", "memory/host_needed_bytes_peak"]
-    assert peak_memory({"memory/host_needed_bytes_peak": 2.0}) == 2.0
-    assert peak_memory({"memory/host_needed_bytes_peak": 2.0, "memory/device_bytes_peak": 1.0}) == 1.0
+        assert [entry.key for entry in peaks][:2] == ["memory/device_gb_peak", "memory/host_needed_gb_peak"]
+    assert peak_memory({"memory/host_needed_gb_peak": 2.0}) == 2.0
+    assert peak_memory({"memory/host_needed_gb_peak": 2.0, "memory/device_gb_peak": 1.0}) == 1.0
     assert peak_memory({}) is None
 
 

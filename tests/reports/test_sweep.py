@@ -32,7 +32,7 @@ from mlflow_llmbench.sweeps.upload import upload
 from ..analysis.test_comparison import MACHINE, MS, result
 from ..work import calls
 
-RATE, TTFT, PEAK = "throughput/output_tokens_per_s", "latency/ttft_ms_p50", "memory/host_needed_bytes_peak"
+RATE, TTFT, PEAK = "throughput/output_tokens_per_s", "latency/ttft_ms_p50", "memory/host_needed_gb_peak"
 VARIED = ["quant", "batch_size"]
 
 
@@ -42,7 +42,7 @@ def row(quant: str, batch: int, rate: float, verdict: str = "valid", half: float
         f"{RATE}_ci_low": rate - half,
         f"{RATE}_ci_high": rate + half,
         TTFT: 1000 / rate,
-        PEAK: 2e9,
+        PEAK: 2.0,
         **given.pop("metrics", {}),
     }
     reasons = (Reason("contended", "Others took time."),) if verdict == "suspect" else ()
@@ -65,9 +65,9 @@ def told(rows: list[Row], **given: str) -> Overview:
 
 def test_the_headline_names_the_best() -> None:
     rows = [
-        row("bf16", 1, 20, metrics={PEAK: 2.6e9}),
+        row("bf16", 1, 20, metrics={PEAK: 2.6}),
         row("int8", 4, 40),
-        row("int4", 4, 61.2, metrics={PEAK: 1.3e9}),
+        row("int4", 4, 61.2, metrics={PEAK: 1.3}),
         failed("bf16", 4),
     ]
     assert headline(rows, VARIED) == (
@@ -81,7 +81,7 @@ def test_the_run_of_a_sweep_has_the_best_of_its_cells() -> None:
         row("bf16", 1, 20, metrics={ITL.key("p50"): 50.0}),
         row("int8", 4, 40, "suspect", metrics={ITL.key("p50"): 99.0}),
         row("int4", 1, 900, "invalid"),
-        row("int4", 4, 30, metrics={PEAK: 1.3e9}),
+        row("int4", 4, 30, metrics={PEAK: 1.3}),
         failed("bf16", 4),
     ]
     assert sweep.best_figures(rows, VARIED) == (
@@ -89,18 +89,18 @@ def test_the_run_of_a_sweep_has_the_best_of_its_cells() -> None:
             "best/output_tokens_per_s": 40,
             "best/ttft_ms_p50": 25.0,
             "best/itl_ms_p50": 50.0,
-            "best/host_needed_bytes_peak": 1.3e9,
+            "best/host_needed_gb_peak": 1.3,
         },
         {
             "best_output_tokens_per_s": "int8 b4 (suspect)",
             "best_ttft_ms_p50": "int8 b4 (suspect)",
             "best_itl_ms_p50": "bf16 b1",
-            "best_host_needed_bytes_peak": "int4 b4",
+            "best_host_needed_gb_peak": "int4 b4",
             "cells": "2 valid, 1 suspect, 1 invalid, 1 oom",
         },
     )
-    on_device = [row("bf16", 1, 20), row("int4", 1, 20, metrics={"memory/device_bytes_peak": 1e9})]
-    assert sweep.best_figures(on_device, VARIED)[0].keys() >= {"best/device_bytes_peak"}
+    on_device = [row("bf16", 1, 20), row("int4", 1, 20, metrics={"memory/device_gb_peak": 1.0})]
+    assert sweep.best_figures(on_device, VARIED)[0].keys() >= {"best/device_gb_peak"}
     assert sweep.best_figures([failed("bf16", 1)], VARIED) == ({}, {"cells": "1 oom"})
 
 
@@ -141,7 +141,7 @@ def test_latencies_of_noisy_cells_are_not_told_apart() -> None:
     rows = [
         row("bf16", 1, 100, metrics=noisy),
         row("int8", 1, 70, metrics=noisy),
-        row("int4", 1, 50, metrics={**noisy, PEAK: 1e9}),
+        row("int4", 1, 50, metrics={**noisy, PEAK: 1.0}),
     ]
     assert [one.cell.quant for one in leaders(rows, TTFT)] == ["bf16", "int8"]  # 10, 14.3 and 20 ms; 60 % is the noise
     assert [one.cell.quant for one in leaders(rows, PEAK)] == ["int4"]

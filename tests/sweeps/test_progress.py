@@ -84,7 +84,7 @@ def row(batch_size: int = 1, outcome: str = "ok", linked: str = "") -> Row:
     figures = {
         "throughput/output_tokens_per_s": 412.3,
         "latency/ttft_ms_p50": 31.2,
-        "memory/host_needed_bytes_peak": 613437440.0,
+        "memory/host_needed_gb_peak": 0.613437440,
     }
     return Row(Cell(batch_size=batch_size), outcome, figures, linked=linked)
 

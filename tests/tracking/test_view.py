@@ -77,7 +77,7 @@ def test_charts_name_metrics_of_the_vocabulary_and_sections_that_exist() -> None
 
 def test_device_memory_takes_the_place_of_host_memory() -> None:
     text = json.dumps(view.comparison_view(VARIED, True, None))
-    assert "memory/device_bytes_peak" in text
+    assert "memory/device_gb_peak" in text
     assert "host_needed" not in text
 
 

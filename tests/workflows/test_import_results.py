@@ -47,7 +47,7 @@ def test_vllm_in_a_closed_loop_with_single_requests() -> None:
         "window/full_output_tokens_per_s": 3.6,
         "window/full_requests_per_s": 1.2,
         "errors/failed_ratio": 0.25,
-        "config/concurrency": 2.0,
+        "settings/concurrency": 2.0,
     }
     assert found.own["vllm/p99_ttft_ms"] == 30.0  # three requests support no p99
     assert "vllm/request_goodput" not in found.own  # absent is absent
@@ -92,7 +92,7 @@ def test_latencies_of_an_open_loop_are_counted_from_another_time() -> None:
 def test_of_guidellm_only_the_mean_time_to_first_token_is_ours() -> None:
     concurrent, poisson = read("guidellm_benchmarks")
     assert (concurrent.name, concurrent.version, poisson.name) == ("concurrent 4", "0.8.1", "poisson 2.0")
-    assert concurrent.metrics == {"latency/ttft_ms_mean": 30.0, "config/concurrency": 4.0}
+    assert concurrent.metrics == {"latency/ttft_ms_mean": 30.0, "settings/concurrency": 4.0}
     assert poisson.metrics == {}
     for found in (concurrent, poisson):  # weighted by tokens, and with the first token counted in
         assert (
@@ -120,7 +120,7 @@ def test_aiperfs_inter_token_latency_is_our_time_per_output_token() -> None:
         "latency/tpot_ms_p50": 9.0,
         "latency/tpot_ms_p95": 10.5,
         "errors/failed_ratio": 0.0,
-        "config/concurrency": 8.0,
+        "settings/concurrency": 8.0,
     }
     assert found.own["aiperf/time_to_first_token_p99"] == 42.0  # 100 requests support no p99
     assert found.own["aiperf/output_token_throughput_avg"] == 700.0
@@ -147,13 +147,13 @@ def test_aiperfs_percentiles_count_failed_requests_and_its_open_loops_another_ti
 def test_llama_bench_and_optimum_benchmark_keep_their_own_names() -> None:
     prompt, output = read("llama_bench")
     assert (prompt.name, output.name) == ("gemma3 270M Q4_K - Medium pp512", "gemma3 270M Q4_K - Medium tg128")
-    assert prompt.metrics == {"memory/weight_bytes": 246012416.0, "config/prompt_tokens": 512.0}
-    assert output.own["llama-bench/avg_ts"] == 64.0 and output.metrics["config/output_tokens"] == 128.0
+    assert prompt.metrics == {"memory/weight_gb": 0.246012416, "settings/prompt_tokens": 512.0}
+    assert output.own["llama-bench/avg_ts"] == 64.0 and output.metrics["settings/output_tokens"] == 128.0
     assert output.params["n_threads"] == "2" and "samples_ns" not in output.params
     [deep, _] = read_foreign([{**row, "n_depth": 512} for row in load("llama_bench")])
     assert deep.name == "gemma3 270M Q4_K - Medium pp512 @ d512"
     [optimum] = read("optimum_benchmark")
-    assert optimum.metrics == {"config/batch_size": 2.0, "config/prompt_tokens": 16.0}
+    assert optimum.metrics == {"settings/batch_size": 2.0, "settings/prompt_tokens": 16.0}
     assert (
         optimum.own["optimum-benchmark/decode.throughput.value"] == 320.0
         and optimum.own["optimum-benchmark/prefill.memory.max_ram"] == 1200.5

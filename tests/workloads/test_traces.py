@@ -141,8 +141,8 @@ def test_a_trace_is_replayed_into_mlflow(server: str, trace: Path, store_uri: st
     params, metrics = run.data.params, run.data.metrics
     assert params["trace"] == str(trace)
     assert not {"prompt_tokens", "output_tokens"} & set(params)
-    assert not {"config/concurrency", "config/request_rate"} & set(metrics)
-    assert metrics["config/output_tokens"] == metrics["lengths/output_tokens_mean"] == 4.5
+    assert not {"settings/concurrency", "settings/request_rate"} & set(metrics)
+    assert metrics["settings/output_tokens"] == metrics["lengths/output_tokens_mean"] == 4.5
     assert metrics["lengths/prompt_tokens_mean"] == pytest.approx(20.25)
     assert "length_drift" not in run.data.tags.get("llmbench.verdict_reasons", "")
     assert "client/send_delay_ms_p50" in metrics

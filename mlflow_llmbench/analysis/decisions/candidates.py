@@ -41,7 +41,7 @@ MEMORY = Measure("peak memory", PEAK_MEMORY, "lower")
 
 @dataclass(frozen=True)
 class Limit:
-    """Limit for a configuration: `option` as given, and the bound in the metric's unit (bytes, ms, ratio)."""
+    """Limit for a configuration: `option` as given, and the bound in the metric's unit (GB, ms, ratio)."""
 
     option: str
     measure: Measure
@@ -109,13 +109,13 @@ def _varied_text(name: str, value: object) -> str:
 def figure(key: str, value: float) -> str:
     """Format a value as it is shown, with three significant digits and the unit of the metric table."""
     metric = KEYS.get(key)
-    return f"{_digits(value * metric.scale)} {metric.display_unit}".rstrip() if metric else _digits(value)
+    return f"{_digits(value)} {metric.display_unit}".rstrip() if metric else _digits(value)
 
 
 def bound_text(measure: Measure, bound: float) -> str:
     """Format a bound as a person gives it: `6 GB`, `200 ms`, `0.05`."""
     unit = KEYS[measure.keys[-1]].unit if measure.keys[-1] in KEYS else ""
-    return f"{bound / 1e9:.6g} GB" if unit == "bytes" else f"{bound:.6g}{' ms' if unit == 'ms' else ''}"
+    return f"{bound:.6g}{f' {unit}' if unit in ('GB', 'ms') else ''}"
 
 
 def _digits(value: float) -> str:

@@ -10,12 +10,12 @@ from typing import Any
 
 from ...records.backends import CHECKPOINT, GGUF_FILE, Serving, recorded_capabilities, served_libraries
 from ...records.errors import UsageError
-from ...records.metric import Tag
-from ...records.metrics import PEAK_MEMORY, shown_in
+from ...records.metric import GB, Tag
+from ...records.metrics import PEAK_MEMORY, SCHEMA, shown_in
 from ...records.mixed_plan import QUANTIZED, QuantPlan
 from ...records.quantizations import FLOAT_DTYPES, SCHEMES, UNPACKED, library_of_method, resolve
 from ...records.redaction import redact, redact_all
-from ...records.results import SCHEMA, RunResult, Verdict
+from ...records.results import RunResult, Verdict
 
 SHOWN = (
     "model",
@@ -117,10 +117,7 @@ def version_tags(deployment: Deployment) -> dict[str, str]:
     config, evidence = deployment.config, deployment.evidence
     tags = {
         **{name: config[name] for name in SHOWN},
-        **{
-            key.partition("/")[2]: f"{value:.0f}" if value >= 1e6 else f"{value:.6g}"
-            for key, value in deployment.figures.items()
-        },
+        **{key.partition("/")[2]: f"{value:.6g}" for key, value in deployment.figures.items()},
         "verdict": evidence.verdict.word,
         "verdict_reasons": ",".join(reason.code for reason in evidence.verdict.reasons),
         "accepted_suspect": evidence.accepted_suspect,
@@ -268,7 +265,7 @@ def _needs(result: RunResult, metrics: Mapping[str, float]) -> dict[str, Any]:
     names = [gpu["name"] for gpu in result.environment.get("gpus") or []] if on_device else []
     machine = names[0] if names else (result.environment.get("cpu") or {}).get("name")
     return {
-        "peak_memory_bytes": None if peak is None else int(peak),
+        "peak_memory_bytes": None if peak is None else round(peak * GB),
         "memory_of": "device" if on_device else "host",
         "measured_on": machine,
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from ...records.errors import UsageError
+from ...records.metric import GB
 from ...records.metrics import TPOT, TTFT
 from ...records.text import known_words
 from .candidates import MEMORY, Limit, Measure
@@ -28,7 +29,7 @@ def read_limits(
     """Parse limits such as `6GB`, `p95=200ms` or `kl=0.05,top1=0.95`, in this order. Raises UsageError."""
     found = []
     if max_memory is not None:
-        found.append(Limit("--max-memory", MEMORY, _quantity("--max-memory", max_memory, BYTES, "6GB")))
+        found.append(Limit("--max-memory", MEMORY, _quantity("--max-memory", max_memory, BYTES, "6GB") / GB))
     for name, text in (("ttft", max_ttft), ("tpot", max_tpot)):
         if text is not None:
             measure, amount = _latency(name, text)

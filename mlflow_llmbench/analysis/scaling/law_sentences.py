@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ...records.metric import GB
 from .fitting import Fit
 from .laws import LawFit
 from .ranking import percent, verdict
@@ -60,7 +61,7 @@ def _against_cache(found: LawFit) -> str:
     load, slope = found.cells[0].result.load, found.fit.parameter("k")
     if load is None or not load.kv_bytes_per_token or slope.low is None or slope.high is None:
         return ""
-    value, low, high = (number / found.law.scale for number in (slope.value, slope.low, slope.high))
+    value, low, high = (number * GB for number in (slope.value, slope.low, slope.high))
     return (
         f"That is {value:,.0f} bytes for each token held ({low:,.0f} to {high:,.0f}); "
         f"the KV cache takes {load.kv_bytes_per_token:,}."

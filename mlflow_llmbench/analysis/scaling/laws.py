@@ -38,8 +38,7 @@ SHAPE = ("batch_size", "prompt_tokens", "output_tokens")
 class Law:
     """A law of the paper: a metric over a variable, with formula, rivals and the paper's range of the main parameter.
 
-    `free_settings`: settings in which the cells of one fit may differ · `scale`: factor from the metric to the
-    shown `unit`.
+    `free_settings`: settings in which the cells of one fit may differ.
     """
 
     key: str
@@ -52,7 +51,6 @@ class Law:
     rivals: tuple[Form, ...]
     main: str  # name of the parameter that describes the scaling
     paper: tuple[float, float] | None = None
-    scale: float = 1.0
 
 
 LAWS = (
@@ -85,11 +83,11 @@ LAWS = (
     Law("memory_by_size", "peak memory against model size", MEMORY, "GB", "parameters", MODEL,
         line("M = overhead + c·size", "overhead", "c"),
         (power("M = a·size^p", "a", "p"),),
-        "c", scale=1e-9),
+        "c"),
     Law("memory_by_tokens", "peak memory against tokens held", MEMORY, "GB", "held_tokens", SHAPE,
         line("M = fixed + k·b·(s + n)", "fixed", "k"),
         (power("M = a·(b·(s + n))^p", "a", "p"), constant("M = a", "a")),
-        "k", scale=1e-9),
+        "k"),
 )  # fmt: skip
 """Sources, by section of the paper: Scaling Analysis (T = α·b^β(s)), Throughput Analysis (δ, μ), Latency Analysis
 (φ, ω, α + β·size), Memory Usage Analysis (c = 4, 2, 1, 0.5 GB per 10⁹ parameters for 32, 16, 8, 4 bits). Memory against
@@ -156,7 +154,7 @@ def fit_law(law: Law, where: str, group: Sequence[Measured]) -> LawFit:
     placed = [(place, m) for m in group if (place := m.variable(law.over)) is not None and metric in m.metrics]
     placed.sort(key=lambda pair: pair[0])
     x = [place for place, _ in placed]
-    y = [m.metrics[metric] * law.scale for _, m in placed]
+    y = [m.metrics[metric] for _, m in placed]
     found = fit(law.form, x, y)
     rivals = [*law.rivals, *roofline_form(law.metric, law.over, [m for _, m in placed])]
     others = []

@@ -55,9 +55,9 @@ def ticks(places: Iterable[float]) -> dict[float, str]:
     return {place: f"{place:,.0f}" for place in sorted(set(places))}
 
 
-def value_of(key: str, scale: float = 1.0) -> Values:
-    """Return a function that gives a metric of a cell, multiplied by `scale`, with its interval."""
-    return lambda measured: with_interval(measured, key, scale)
+def value_of(key: str) -> Values:
+    """Return a function that gives a metric of a cell with its interval."""
+    return lambda measured: with_interval(measured, key)
 
 
 def by_quant(cells: Sequence[Measured], quants: Sequence[str], over: str, of: Values) -> Iterator[Line]:

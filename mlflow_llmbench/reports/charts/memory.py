@@ -28,7 +28,7 @@ def _memory_against_size(data: FigureData) -> Drawing:
             "",
             "Parameters (10⁹), logarithmic",
             f"{heading} (GB)",
-            tuple(by_quant(own, data.quants, "parameters", value_of(of, 1e-9))),
+            tuple(by_quant(own, data.quants, "parameters", value_of(of))),
             sizes,
         )
         for heading, of in (
@@ -70,7 +70,7 @@ def _scatter(data: FigureData) -> Drawing:
         looks = COLOURS.get(m.cell.quant, BROWN), data.look(data.name(m))[1], batches.index(m.cell.batch_size)
         alike.setdefault(looks, []).append(m)
     for (colour, marker, size), dots in alike.items():
-        x = [m.metrics[key] * 1e-9 for m in dots]
+        x = [m.metrics[key] for m in dots]
         y, low, high = zip(*(with_interval(m, RATE) or (0.0, 0.0, 0.0) for m in dots), strict=True)
         bars += [([(at, bottom), (at, top)], colour) for at, bottom, top in zip(x, low, high, strict=True)]
         form: dict[str, Any] = {"markeredgecolor": "white", "markeredgewidth": 0.6, "markersize": 4.5 + 1.6 * size}

@@ -81,7 +81,7 @@ def _draw_intervals(
     places = [
         (_place(one, across), _place(one, up), _place(one, measure), *ends)
         for one in candidates
-        if (ends := _ends(one, measure))
+        if (ends := interval(one, measure))
     ]
     if places:
         x, y, centre, low, high = np.array(places).T
@@ -92,7 +92,7 @@ def _draw_intervals(
 def _draw_limits(axes: Axes, found: Recommendation, across: Measure, up: Measure) -> None:
     """Draw each limit as a line, and shade the range that a limit on x excludes."""
     for limit in found.limits:
-        bound = limit.bound * _scale(limit.measure)
+        bound = limit.bound
         if limit.measure == across:
             axes.axvline(bound, color=RED, linewidth=1.2, linestyle="--", zorder=1)
             axes.autoscale_view()
@@ -128,18 +128,8 @@ def _legend(found: Recommendation) -> list[Any]:
     return entries
 
 
-def _scale(measure: Measure) -> float:
-    key = measure.keys[-1]
-    return KEYS[key].scale if key in KEYS else 1.0
-
-
 def _place(one: Candidate, measure: Measure) -> float:
-    return (one.value(measure) or 0.0) * _scale(measure)
-
-
-def _ends(one: Candidate, measure: Measure) -> tuple[float, float] | None:
-    ends = interval(one, measure)
-    return None if ends is None else (ends[0] * _scale(measure), ends[1] * _scale(measure))
+    return one.value(measure) or 0.0
 
 
 def _axis_label(measure: Measure) -> str:

@@ -130,7 +130,7 @@ def _draw_law(axes: Axes, found: LawFit, predictions: Sequence[Prediction]) -> N
     for place, measured, value in zip(places, found.cells, found.fit.y, strict=True):
         interval = t_interval(measured.values(found.metric))
         if interval and interval[1] > interval[0] > 0:
-            half = (interval[1] - interval[0]) / 2 * found.law.scale
+            half = (interval[1] - interval[0]) / 2
             ends.append((place, max(value - half, 1e-12), value + half))
     if ends:
         axes.vlines(*zip(*ends, strict=True), color=INK, linewidth=1.2)

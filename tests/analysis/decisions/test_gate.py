@@ -54,7 +54,7 @@ def test_the_champion_passes_when_it_is_measured_again() -> None:
         "latency/itl_ms_p50",
         "latency/tpot_ms_mean",
         "latency/e2e_ms_mean",
-        "memory/host_needed_bytes_peak",
+        "memory/host_needed_gb_peak",
     ]
 
 
@@ -67,7 +67,7 @@ def test_a_slower_candidate_is_a_regression_in_what_became_slower() -> None:
         "latency/itl_ms_p50": "regression",
         "latency/tpot_ms_mean": "regression",
         "latency/e2e_ms_mean": "regression",
-        "memory/host_needed_bytes_peak": "ok",
+        "memory/host_needed_gb_peak": "ok",
     }
     rate = gate.checks[0]
     assert rate.worse == pytest.approx(1 - 60 / 68, rel=1e-3)  # 20 + 4 · 12 ms against 20 + 4 · 10 ms
@@ -130,13 +130,13 @@ def test_a_limit_for_what_was_not_measured_stops_the_gate(limit: str) -> None:
 
 
 def test_memory_regresses_beyond_its_limit() -> None:
-    assert states(made(memory=4.1))["memory/host_needed_bytes_peak"] == "ok"
-    assert states(made(memory=4.1), limits={"memory": 0.02})["memory/host_needed_bytes_peak"] == "regression"
-    assert states(made(memory=5))["memory/host_needed_bytes_peak"] == "regression"
+    assert states(made(memory=4.1))["memory/host_needed_gb_peak"] == "ok"
+    assert states(made(memory=4.1), limits={"memory": 0.02})["memory/host_needed_gb_peak"] == "regression"
+    assert states(made(memory=5))["memory/host_needed_gb_peak"] == "regression"
     on_gpu = dataclasses.replace(CHAMPION, memory=MemoryStages(host_needed={"peak": GB}, device={"peak": GB}))
     larger = dataclasses.replace(CHAMPION, memory=MemoryStages(host_needed={"peak": 9 * GB}, device={"peak": GB}))
     assert {check.key for check in decide(on_gpu, larger).checks if check.key.startswith("memory")} == {
-        "memory/device_bytes_peak"
+        "memory/device_gb_peak"
     }
     assert decide(on_gpu, CHAMPION).verdict == "not_comparable"
 
@@ -194,8 +194,8 @@ def test_quality_is_held_too() -> None:
     assert gate_cells(from_reference)[0][3:] == ["+0.03 nats", "–", "–", "0.02 nats", "regression"]
     shown = gate_cells(single_checks({"quality/top1_agreement": 1.0}, {"quality/top1_agreement": 0.891}, {}, 0.05))
     assert [row[1:3] for row in shown] == [["1", "0.891"]]
-    assert missing({"quality/perplexity": 10.0, "memory/device_bytes_peak": 1.0}, {}) == [
-        "memory/device_bytes_peak",
+    assert missing({"quality/perplexity": 10.0, "memory/device_gb_peak": 1.0}, {}) == [
+        "memory/device_gb_peak",
         "quality/perplexity",
     ]
 

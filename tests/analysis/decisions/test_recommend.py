@@ -62,7 +62,7 @@ def names(found: Sequence[object]) -> list[str]:
 
 
 def test_the_fastest_within_the_limits_wins_and_the_others_are_told_why() -> None:
-    found = recommend(ALL, "throughput", [Limit("--max-memory", MEMORY, 6 * GB)])
+    found = recommend(ALL, "throughput", [Limit("--max-memory", MEMORY, 6.0)])
     assert found.winner is not None and found.winner.name == "int4 batch 1"
     assert names(found.runners_up) == ["bf16 batch 1", "int8 batch 1"]
     assert found.runners_up[0].why.startswith("It generates 0.8")
@@ -287,7 +287,7 @@ def test_a_limit_inside_the_interval_is_a_caution() -> None:
 
 
 def test_nothing_keeps_the_limits() -> None:
-    found = recommend(ALL, limits=[Limit("--max-memory", MEMORY, GB), Limit("--max-ttft", TTFT, 1.0)])
+    found = recommend(ALL, limits=[Limit("--max-memory", MEMORY, 1.0), Limit("--max-ttft", TTFT, 1.0)])
     assert found.winner is None and found.runners_up == ()
     assert found.changes[0].startswith(
         "int8 batch 8 is the nearest. Its peak memory is 7.00 GB, and --max-memory is 1 GB. "
@@ -308,7 +308,7 @@ def test_wrong_use_of_the_function() -> None:
 
 
 def test_the_chart_and_the_markdown(tmp_path: Path) -> None:
-    found = recommend(ALL, limits=[Limit("--max-memory", MEMORY, 6 * GB), Limit("--max-ttft", TTFT, 30)])
+    found = recommend(ALL, limits=[Limit("--max-memory", MEMORY, 6.0), Limit("--max-ttft", TTFT, 30)])
     files = _drawn(found, tmp_path)
     assert [file.name for file in files] == ["recommendation.svg", "recommendation.png"]
     text = files[0].read_text()

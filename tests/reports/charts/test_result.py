@@ -79,8 +79,8 @@ def points_of(
                     "throughput/output_tokens_per_s_ci_high": rate * 1.1,
                     "latency/ttft_ms_p50": 12.0 * batch,
                     "latency/itl_ms_p50": 1000 * batch / rate,
-                    "memory/host_needed_bytes_peak": 2e9 / (q + 1),
-                    "memory/weight_bytes": 1e9 / (q + 1),
+                    "memory/host_needed_gb_peak": 2 / (q + 1),
+                    "memory/weight_gb": 1 / (q + 1),
                 }
                 found.append((Cell(model=model, quant=quant, batch_size=batch), metrics))
     return found
@@ -281,7 +281,7 @@ def test_bars_stand_by_batch_size_and_quantization() -> None:
     assert heights(axes) == [10, 20, 40, 80]  # batch 1: fp32, int8; batch 4: fp32, int8
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "4"]
     assert axes.collections[0].get_segments()[0][:, 1] == pytest.approx([9, 11])
-    (memory,) = axes_of(sweep.metric_figure(points, "memory/host_needed_bytes_peak"))
+    (memory,) = axes_of(sweep.metric_figure(points, "memory/host_needed_gb_peak"))
     assert heights(memory) == pytest.approx([2, 1, 1, 0.5, 2, 1, 1, 0.5])  # each bar with its weights
 
 
@@ -387,7 +387,7 @@ def test_a_sweep_of_one_cell_or_none_has_no_charts(tmp_path: Path) -> None:
 def test_metrics_that_no_cell_has_are_left_out(tmp_path: Path) -> None:
     points = points_of()
     for _, metrics in points:
-        del metrics["latency/itl_ms_p50"], metrics["memory/host_needed_bytes_peak"]
+        del metrics["latency/itl_ms_p50"], metrics["memory/host_needed_gb_peak"]
     check_files(draw_sweep(points, tmp_path), tmp_path, ("overview", "throughput", "ttft", "memory"))
     assert "Weights (GB)" in texts(tmp_path / "memory.svg")
 
