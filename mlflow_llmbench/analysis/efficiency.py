@@ -58,12 +58,15 @@ def attended(load: LoadInfo, context: float) -> float:
     return (1 - load.sliding_share) * context + load.sliding_share * min(context, load.sliding_window)
 
 
-def bandwidth(result: RunResult) -> float | None:
-    """Read bandwidth that MBU is relative to, GB/s (10⁹ bytes): the nominal one if given, else the measured one."""
-    if result.nominal_bandwidth is not None:
-        return result.nominal_bandwidth
+def measured_bandwidth(result: RunResult) -> float | None:
+    """Read bandwidth measured before the load, GB/s; None if it was not measured."""
     measured = finite(result.peaks.get(probe.READ))
-    return measured / 1e9 if measured else None
+    return measured / GB if measured else None
+
+
+def bandwidth(result: RunResult) -> float | None:
+    """Read bandwidth that MBU is relative to, GB/s: the nominal one if given, else the measured one."""
+    return measured_bandwidth(result) if result.nominal_bandwidth is None else result.nominal_bandwidth
 
 
 def read_share(result: RunResult) -> float | None:
@@ -147,7 +150,7 @@ EFFICIENCY: dict[str, dict[str, Callable[[RunResult], float | None]]] = {
     "offline": {
         RATE_PER_GB.key(): rate_per_gb,
         MBU.key(): model_bandwidth_utilization,
-        BANDWIDTH.key(): bandwidth,
+        BANDWIDTH.key(): measured_bandwidth,
         MFU.key(): model_flops_utilization,
         ENERGY.key(): joules_per_token,
         TOKENS_PER_STEP.key("mean"): tokens_per_step,

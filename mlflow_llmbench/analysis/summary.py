@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean, median, stdev
 from typing import Any
 
-from ..records.metric import GB, Series
+from ..records.metric import GB, Metric, Series
 from ..records.metrics import (
     BATCH_SIZE,
     COMPILE_TIME,
@@ -36,6 +36,7 @@ from ..records.metrics import (
     KEYS,
     KV_CACHE,
     LOAD_TIME,
+    OF_MEAN,
     OUTPUT_RATE,
     OUTPUT_TOKENS,
     PER_INSTANCE_RATE,
@@ -181,7 +182,20 @@ def _latency(result: RunResult) -> Figures:
         TPOT: [value for r in every if (value := tpot_ms(r)) is not None],
         E2E: [e2e_ms(r) for r in every],
     }
-    return {k: v for metric, pool in pools.items() for k, v in distribution(metric, pool, every[0].rows).items()}
+    found = {k: v for metric, pool in pools.items() for k, v in distribution(metric, pool, every[0].rows).items()}
+    for metric in (TTFT, TPOT, E2E):
+        found |= _spread_of_mean(result, metric)
+    return found
+
+
+def _spread_of_mean(result: RunResult, metric: Metric) -> Figures:
+    """Standard deviation and 95 % interval of a mean latency over `inference_units`; empty if a repetition has none."""
+    values = unit_values(result, COMPARED_VALUES[metric.key("mean")])
+    if values is None:
+        return {}
+    low, high = mean_interval(result, values) or (None, None)
+    ends = (stdev(values) if len(values) > 1 else None, None if low is None else max(low, 0.0), high)
+    return {metric.key(statistic): value for statistic, value in zip(OF_MEAN, ends, strict=True)}
 
 
 def _text(result: RunResult) -> Figures:

@@ -61,6 +61,8 @@ SECTIONS = {
 
 LATENCY = ("mean", "p50", "p90", "p95", "p99")
 INTERVAL = ("", "ci_low", "ci_high")
+OF_MEAN = ("sd", "mean_ci_low", "mean_ci_high")
+"""Standard deviation and 95 % interval of a mean, over the repetitions (the processes if several)."""
 
 # fmt: off
 OUTPUT_RATE = Metric(
@@ -86,7 +88,7 @@ REQUEST_RATE = Metric(
 
 TTFT = Metric(
     "latency", "ttft_ms", "t1 − t0: prompt ids on the host → first generated id on the host",
-    "ms", LATENCY, "lower", "time to first token", "TTFT ms", tolerance=0.05,
+    "ms", (*LATENCY, *OF_MEAN), "lower", "time to first token", "TTFT ms", tolerance=0.05,
     places=(Column(40, "p50"), Line(40, "p50"),
             Claim(30, "p50", name="first token soonest"), Compared(20, "mean"), Gated(20, "mean", name="ttft"),
             Tag(40, "p50"), Tag(50, "p95"), ExportComment(20, "p50", "ms to the first token (median)", unit=""),
@@ -99,11 +101,12 @@ ITL = Metric(
             Tag(60, "p50"), Tag(70, "p95"), Panel(30, "p50"), Bars(30, "p50", name="itl")))
 TPOT = Metric(
     "latency", "tpot_ms", "(tN − t1)/(N − 1) per request; absent if N < 2",
-    "ms", ("mean", "p50", "p95"), "lower", "time per output token", "TPOT ms",
+    "ms", ("mean", "p50", "p95", *OF_MEAN), "lower", "time per output token", "TPOT ms",
     places=(Compared(40, "mean"), Gated(40, "mean", name="tpot"), Tag(80, "mean"),
             ExportComment(30, "mean", "ms per token after it (mean)", unit="")))
 E2E = Metric(
-    "latency", "e2e_ms", "tN − t0", "ms", ("mean", "p50", "p95", "p99"), "lower", "end-to-end latency", "end to end ms",
+    "latency", "e2e_ms", "tN − t0",
+    "ms", ("mean", "p50", "p95", "p99", *OF_MEAN), "lower", "end-to-end latency", "end to end ms",
     places=(Compared(50, "mean"), Gated(50, "mean", name="e2e"), Tag(90, "p50"), Tag(100, "p95"),
             Goal(20, "p50", "median end-to-end latency", "latency")))
 ICL = Metric(
@@ -120,13 +123,15 @@ E2E_WITH_TEXT = Metric("latency", "e2e_with_text_ms", "e2e_ms + batch · (text �
 DEVICE_MEMORY = Metric(
     "memory", "device_gb", "device memory of our process at each stage",
     "GB", STAGES, "lower", "peak device memory", "device peak GB", tolerance=0.01,
-    places=(Column(80, "peak"), Line(90, "peak"), Claim(40, "peak", name="least memory"), Compared(60, "peak"),
+    places=(Column(80, "peak"), Line(90, "peak"), Line(92, "loading", "peak device memory while loading"),
+            Claim(40, "peak", name="least memory"), Compared(60, "peak"),
             Gated(60, "peak", name="memory"), Tag(110, "peak"), Panel(40, "peak", name="memory"),
             Bars(40, "peak", name="memory")))
 HOST_NEEDED = Metric(
     "memory", "host_needed_gb", "anonymous pages plus the parameters that live in file mappings",
     "GB", STAGES, "lower", "peak host memory", "host peak GB", tolerance=0.01,
-    places=(Column(90, "peak"), Line(100, "peak", "peak host memory needed"), Claim(50, "peak", name="least memory"),
+    places=(Column(90, "peak"), Line(100, "peak", "peak host memory needed"),
+            Line(102, "loading", "peak host memory needed while loading"), Claim(50, "peak", name="least memory"),
             Compared(70, "peak"), Gated(70, "peak", name="memory"), Tag(120, "peak"), Panel(50, "peak", name="memory"),
             Bars(50, "peak", name="memory")))
 HOST_RSS = Metric(
@@ -151,12 +156,12 @@ RATE_PER_GB = Metric(
     "1/s/GB", better="higher")
 MBU = Metric(
     "efficiency", "mbu_ratio",
-    "bytes read per decode step ÷ mean TPOT ÷ bandwidth_gb_per_s; absent if that is doubtful",
+    "bytes read per decode step ÷ mean TPOT ÷ bandwidth_gb_per_s (÷ nominal_bandwidth if given); absent if doubtful",
     RATIO, ("",), "higher", "model bandwidth utilization", "MBU", places=(Column(110), Line(130)))
 BANDWIDTH = Metric(
     "efficiency", "bandwidth_gb_per_s",
-    "read bandwidth measured here before the load (best of this and earlier probes), or nominal_bandwidth if given",
-    "GB/s", better="higher")
+    "read bandwidth measured here before the load (best of this and earlier probes)",
+    "GB/s", ("",), "higher", "read bandwidth measured here", places=(Line(135),))
 MFU = Metric("efficiency", "mfu_ratio",
              "FLOPs of prefill and decode ÷ time ÷ FLOP/s measured here; absent if these are doubtful",
              RATIO, better="higher")

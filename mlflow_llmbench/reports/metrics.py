@@ -22,8 +22,9 @@ Keys of the metrics of an MLflow run, one section per prefix. A key with braces 
 `ttft_ms_{{mean, p50}}` is `ttft_ms_mean` and `ttft_ms_p50`. An ending stands for the key before it with this ending.
 A value that is not known or not defined is absent, never 0. A percentile is absent if the sample does not support it.
 A request is sent at t0, and its output tokens arrive at t1 … tN; P is the number of prompt tokens, N that of output
-tokens. GB are 10⁹ bytes. These are the names of runs with the tag `llmbench.schema` = {SCHEMA}. This page is generated
-from the table in `mlflow_llmbench/records/metrics.py`.
+tokens. `sd`, `mean_ci_low` and `mean_ci_high` are the standard deviation and the 95 % interval of a mean over
+repetitions (over processes if several). GB are 10⁹ bytes. These are the names of runs with the tag
+`llmbench.schema` = {SCHEMA}. This page is generated from the table in `mlflow_llmbench/records/metrics.py`.
 
 {sections}
 

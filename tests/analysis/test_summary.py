@@ -72,6 +72,30 @@ def test_every_latency_and_rate_by_hand() -> None:
     assert metrics["trust/repetitions"] == 2
 
 
+def test_means_of_latencies_have_their_spread_over_repetitions_by_hand() -> None:
+    """End to end in 14, 18 and 22 ms: the t quantile with 2 degrees of freedom is 4.303, so 4.303 · 4 / √3 = 9.937."""
+    three = result([[2, 2], [4, 4], [6, 6]])
+    metrics = summary.summarize(dataclasses.replace(three, cell=dataclasses.replace(three.cell, repetitions=3)))
+    spread = {key: value for key, value in metrics.items() if key.endswith(("_sd", "_mean_ci_low", "_mean_ci_high"))}
+    assert spread == pytest.approx(
+        {
+            **dict.fromkeys(("latency/ttft_ms_mean_ci_low", "latency/ttft_ms_mean_ci_high"), 10),
+            "latency/ttft_ms_sd": 0,
+            "latency/tpot_ms_sd": 2,
+            "latency/tpot_ms_mean_ci_low": 0,  # 4 − 4.968: a time is not negative
+            "latency/tpot_ms_mean_ci_high": 8.968,
+            "latency/e2e_ms_sd": 4,
+            "latency/e2e_ms_mean_ci_low": 8.063,
+            "latency/e2e_ms_mean_ci_high": 27.937,
+        },
+        abs=1e-3,
+    )
+    once = summary.summarize(result([[2, 2]]))
+    assert not [key for key in once if "_mean_ci" in key or key.endswith("_sd")]
+    processes = summary.summarize(in_processes(result([[2, 2], [2, 2], [6, 6], [6, 6]]), 2))
+    assert processes["latency/e2e_ms_sd"] == pytest.approx(8 / 2**0.5)  # of 14 and 22 ms, the processes' means
+
+
 def test_percentiles_are_those_of_the_pooled_rows_and_absent_without_support() -> None:
     rng = np.random.default_rng(5)
     gaps = rng.uniform(1, 9, size=(12, 5)).tolist()
