@@ -26,6 +26,9 @@ from ..records.metrics import (
     E2E_WITH_TEXT,
     EFFECTIVE_REPETITIONS,
     FIRST_CALL,
+    GPU_MEMORY,
+    GPU_POWER,
+    GPU_UTILIZATION,
     HOST_NEEDED,
     HOST_RSS,
     HOST_RSS_SAMPLES,
@@ -61,6 +64,8 @@ from ..records.metrics import (
     TURN_TTFT,
     VARIATION,
     WEIGHTS,
+    WORKER_CPU,
+    WORKER_MEMORY,
 )
 from ..records.results import MemorySample, RequestRecord, RunResult
 from ..stats import (
@@ -92,6 +97,9 @@ from .repetitions import (
     unit_values,
 )
 
+MB = 1e6
+"""Bytes in a MB, the unit of MLflow's own metrics of memory."""
+
 MOST_SAMPLES = 300
 """Maximum number of logged points of a memory series; the MLflow UI draws about as many."""
 
@@ -108,10 +116,15 @@ class Point:
 
 def gpu_of(result: RunResult) -> dict[str, Any] | None:
     """The GPU that a result was measured on, as in its environment; None for a CPU, even if the machine has a GPU."""
-    device = str(result.load.facts.get("model.device", "cpu")) if result.load else result.cell.device
     gpus: list[dict[str, Any]] = result.environment.get("gpus") or []
-    index = int(device.partition(":")[2] or 0)
-    return gpus[index] if device.startswith("cuda") and index < len(gpus) else None
+    index = _gpu_index(result)
+    return gpus[index] if index is not None and index < len(gpus) else None
+
+
+def _gpu_index(result: RunResult) -> int | None:
+    """Index of the GPU that a result was measured on; None for a CPU."""
+    device = str(result.load.facts.get("model.device", "cpu")) if result.load else result.cell.device
+    return int(device.partition(":")[2] or 0) if device.startswith("cuda") else None
 
 
 def hardware_name(result: RunResult) -> str:
@@ -351,7 +364,7 @@ def series(result: RunResult) -> list[Point]:
         for one, value in turn.values().items()
     ]
     points += [Point(key, step, value, result.ended_ms) for key, step, value in ramp_steps(result)]
-    points += _memory_series(result)
+    points += [*_timeline(result), *_gpu_series(result)]
     firsts = [ttft_ms(r) for r in requests(result)]
     for key, values in ((ITL_PERCENTILES.key, token_gaps(result)), (TTFT_PERCENTILES.key, firsts)):
         supported = [q for q in range(1, 100) if supports(len(values), max(q, 100 - q))] if values else []
@@ -416,21 +429,54 @@ def _token_series(result: RunResult) -> Iterator[Point]:
         yield Point(ITL_BY_TOKEN.key, index + 1, median(gaps), wall + offset)
 
 
-def _memory_series(result: RunResult) -> Iterator[Point]:
-    """Memory timeline, thinned to `MOST_SAMPLES` points; each keeps the largest sample of its part, so peaks remain."""
+def _timeline(result: RunResult) -> Iterator[Point]:
+    """Samples of memory and CPU time, thinned to `MOST_SAMPLES` points.
+
+    Each point has the largest memory of its part, so peaks remain, and the mean of its CPU time.
+    """
     if not result.timeline or not result.repetitions:
         return
-    anchor = result.repetitions[0]
-    to_wall = anchor.wall_ms - anchor.requests[0].t0_ns // 1_000_000
+    cpus = _usable_cpus(result)
     stride = max(1, math.ceil(len(result.timeline) / MOST_SAMPLES))
-    for step in range(0, len(result.timeline), stride):
-        part = result.timeline[step : step + stride]
+    for step, start in enumerate(range(0, len(result.timeline), stride), 1):
+        part = result.timeline[start : start + stride]
         largest: MemorySample = max(part, key=lambda s: s.rss)
-        yield Point(HOST_RSS_SAMPLES.key, step // stride + 1, largest.rss / GB, to_wall + largest.t_ns // 1_000_000)
-        if largest.device is not None:
-            yield Point(
-                DEVICE_SAMPLES.key,
-                step // stride + 1,
-                max(s.device or 0 for s in part) / GB,
-                to_wall + largest.t_ns // 1_000_000,
-            )
+        used = mean_of([sample.cpus for sample in part if sample.cpus is not None])
+        values = {
+            HOST_RSS_SAMPLES: largest.rss / GB,
+            WORKER_MEMORY: largest.rss / MB,
+            DEVICE_SAMPLES: None if largest.device is None else max(s.device or 0 for s in part) / GB,
+            WORKER_CPU: None if used is None or cpus is None else 100 * used / cpus,
+        }
+        wall = _wall_ms(result, largest.t_ns)
+        yield from (Point(one.key, step, value, wall) for one, value in values.items() if value is not None)
+
+
+def _wall_ms(result: RunResult, t_ns: int) -> int:
+    """Epoch time in ms of a monotonic time, by the first repetition."""
+    first = result.repetitions[0]
+    return first.wall_ms + (t_ns - first.requests[0].t0_ns) // 1_000_000
+
+
+def _usable_cpus(result: RunResult) -> float | None:
+    """Number of CPUs that the worker could use, with the quota of its control groups; None if it is not known."""
+    cpu = result.environment.get("cpu") or {}
+    return min(filter(None, (cpu.get("usable_cpus"), cpu.get("quota_cpus"))), default=None)
+
+
+def _gpu_series(result: RunResult) -> Iterator[Point]:
+    """Readings of the GPU at the end of each repetition, and device memory of the worker at each stage."""
+    if gpu_of(result) is None or not result.repetitions:
+        return
+    index = _gpu_index(result)
+    for repetition in result.repetitions:
+        if noise := repetition.noise:
+            busy = None if noise.utilization_ratio is None else 100 * noise.utilization_ratio
+            ended = _wall_ms(result, max(r.stamps_ns[-1] for r in repetition.requests))
+            for one, value in ((GPU_UTILIZATION, busy), (GPU_POWER, noise.power_w)):
+                if value is not None:
+                    yield Point(one.key.format(index=index), repetition.index + 1, value, ended)
+    reached = sorted((t_ns, stage) for stage, t_ns in result.marks.items() if stage in result.memory.device)
+    for step, (t_ns, stage) in enumerate(reached, 1):
+        size = result.memory.device[stage] / MB
+        yield Point(GPU_MEMORY.key.format(index=index), step, size, _wall_ms(result, t_ns))

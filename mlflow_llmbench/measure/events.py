@@ -349,14 +349,22 @@ class CellAdded(Event, name="more"):
 
 @dataclass(frozen=True)
 class MemorySampled(Event, name="samples"):
-    """Memory samples since the last ones: rows of time in ns, and resident, anonymous and device bytes."""
+    """Samples since the last ones: rows of time in ns and resident, anonymous and device bytes, and the CPUs in use."""
 
     samples: tuple[tuple[int, int, int, int | None], ...]
+    cpus: tuple[float | None, ...] | None = field(default=None, metadata=OMITTED)
 
     @classmethod
     def of(cls, samples: typing.Iterable[MemorySample]) -> MemorySampled:
         """Make the event of these samples."""
-        return cls(tuple((one.t_ns, one.rss, one.anonymous, one.device) for one in samples))
+        taken = tuple(samples)
+        rows = tuple((one.t_ns, one.rss, one.anonymous, one.device) for one in taken)
+        return cls(rows, tuple(one.cpus for one in taken) if any(one.cpus is not None for one in taken) else None)
+
+    def records(self) -> list[MemorySample]:
+        """Return the samples."""
+        cpus = self.cpus or (None,) * len(self.samples)
+        return [MemorySample(*row, cpus=used) for row, used in zip(self.samples, cpus, strict=True)]
 
 
 @dataclass(frozen=True)

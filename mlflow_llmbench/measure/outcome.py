@@ -312,8 +312,8 @@ def replay(journal: Iterable[Event]) -> Iterator[tuple[list[str], GroupOutcome]]
                 folders, outcome = list(event.folders), GroupOutcome(environment=environment, clock=clock)
             case events.CellAdded(folder=folder):
                 folders.append(folder)
-            case events.MemorySampled(samples=samples):
-                outcome.samples += [MemorySample(*sample) for sample in samples]
+            case events.MemorySampled():
+                outcome.samples += event.records()
             case _:
                 outcome.take(event)
     if folders:

@@ -25,7 +25,7 @@ from ..records.codec import to_json
 from ..records.errors import JournalError, LlmbenchError, MeasurementError, OutOfMemory, WorkerCrashed, WorkerTimeout
 from ..records.redaction import redact, worker_environment
 from ..records.results import MemorySample
-from ..system import memory
+from ..system import cpu_time, memory
 from ..system.memory import HostMemory
 from . import events, interpreter
 from .events import CellAdded, Event, JobBegun, MemorySampled, Report, ServerLaunched, StageMemory
@@ -34,7 +34,7 @@ from .outcome import Clock, GroupOutcome
 from .task import WorkerJob
 
 SAMPLE_S = 0.05
-"""Seconds between two memory samples."""
+"""Seconds between two samples of memory and CPU time."""
 
 LOADING_SAMPLE_S = 0.01
 """The same while a model is loaded: its peak is short, and no token is timed."""
@@ -172,7 +172,7 @@ def _environment(job: WorkerJob) -> dict[str, str]:
 
 @dataclass
 class _Watch:
-    """Collect a worker's events until it closes its pipe, sample its memory meanwhile, and enforce its limits."""
+    """Collect a worker's events until it closes its pipe, sample its memory and CPU time, and enforce its limits."""
 
     process: subprocess.Popen[bytes]
     outcome: GroupOutcome
@@ -188,6 +188,7 @@ class _Watch:
     keeper: int | None = None  # pid of the keeper, the ancestor of all processes of a server that we started
     pids: list[int] = field(default_factory=list)  # the server's processes when last searched for
     looked: float = 0.0
+    cpu_s: dict[int, float] = field(default_factory=dict)  # CPU time of each process at the last sample
     unread: bytes = b""  # beginning of an incomplete line
     lines: deque[bytes] = field(default_factory=deque)  # complete lines that are not processed yet
     doing: tuple[str, str, float | None] = ("", "", None)  # the worker's step, its limit's name, its limit in s
@@ -330,8 +331,8 @@ class _Watch:
         seen = self._server_memory() if self.keeper else memory.read(self.process.pid)
         if seen is None:
             return
-        anonymous = seen.anonymous if seen.anonymous is not None else seen.rss
-        self.outcome.samples.append(MemorySample(time.perf_counter_ns(), seen.rss, anonymous))
+        anonymous, now = seen.anonymous if seen.anonymous is not None else seen.rss, time.perf_counter_ns()
+        self.outcome.samples.append(MemorySample(now, seen.rss, anonymous, cpus=self._cpus(now)))
         needed = anonymous + (self.outcome.load.mapped_weight_bytes if self.outcome.load else 0)
         limit = self.limits.memory_bytes
         if limit is not None and needed > limit:
@@ -340,6 +341,13 @@ class _Watch:
                 f"{self.outcome.stage} and was ended there, since {self.limits.memory_limit} is {limit / 1e9:.3f} GB. "
                 "Try a smaller batch_size or quantization."
             )
+
+    def _cpus(self, now_ns: int) -> float | None:
+        """Mean number of CPUs that the worker, or the server, has used since the last sample; None for the first."""
+        pids = self.pids if self.keeper else [self.process.pid]
+        before, self.cpu_s = self.cpu_s, {pid: s for pid in pids if (s := cpu_time.process_s(pid)) is not None}
+        used = [s - before[pid] for pid, s in self.cpu_s.items() if pid in before]
+        return round(sum(used) / (now_ns - self.outcome.samples[-1].t_ns) * 1e9, 3) if used else None
 
     def _server_memory(self) -> HostMemory:
         """Read the memory of a server's processes.

@@ -367,6 +367,16 @@ TURN_PROMPT_TOKENS = Series("steps", "turn_prompt_tokens", "the same: mean lengt
 TURN_PREFILLED_TOKENS = Series("steps", "turn_prefilled_tokens", "the same: mean length of its computed part")
 HOST_RSS_SAMPLES = Series("steps", "host_rss_gb", "step = sample", "GB")
 DEVICE_SAMPLES = Series("steps", "device_gb", "step = sample", "GB")
+WORKER_CPU = Series(
+    "system", "cpu_utilization_percentage",
+    "step = sample: CPU time of the worker ÷ time ÷ usable CPUs (MLflow has this name for the machine's)", "%")
+WORKER_MEMORY = Series("system", "system_memory_usage_megabytes",
+                       "step = sample: resident memory of the worker (likewise)", "MB")
+GPU_UTILIZATION = Series("system", "gpu_{index}_utilization_percentage",
+                         "step = repetition: share of the driver's last sample period in which a kernel ran", "%")
+GPU_MEMORY = Series("system", "gpu_{index}_memory_usage_megabytes",
+                    "step = stage that was reached: device memory of the worker", "MB")
+GPU_POWER = Series("system", "gpu_{index}_power_usage_watts", "step = repetition: power of the GPU at its end", "W")
 ITL_PERCENTILES = Series("percentiles", "itl_ms", "step = percentile 1 … 99", "ms")
 TTFT_PERCENTILES = Series("percentiles", "ttft_ms", "step = percentile 1 … 99", "ms")
 # fmt: on

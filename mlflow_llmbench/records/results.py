@@ -233,12 +233,16 @@ class CellMeasurements:
 
 @dataclass(frozen=True)
 class MemorySample:
-    """Memory of the worker, seen from outside at `t_ns` (monotonic): resident, anonymous, and bytes on the device."""
+    """Memory of the worker, seen from outside at `t_ns` (monotonic): resident, anonymous, and bytes on the device.
+
+    `cpus`: mean number of CPUs that it used since the sample before.
+    """
 
     t_ns: int
     rss: int
     anonymous: int
     device: int | None = None
+    cpus: float | None = field(default=None, metadata=OMITTED)
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,9 @@ MOST_VIEWS = 30
 REFERENCES = ("none", "fp32", "bf16", "fp16")
 """Values of `quant` without quantization; the baseline run is chosen among them."""
 
+SYSTEM = "system"
+"""Prefix of the metrics that the UI shows as its System metrics."""
+
 State = dict[str, Any]
 
 
@@ -65,7 +68,7 @@ def comparison_view(
         _section("Change from the baseline", 1, 560),
     ]
     charts = _charts(shown, names, memory, baseline_run_id)
-    closed = dict.fromkeys([*SECTIONS, *(one.section for one in SERIES.values())])
+    closed = dict.fromkeys([*SECTIONS, *(one.section for one in SERIES.values() if one.section != SYSTEM)])
     sections += [_section(name, display=False) for name in [*closed, "Model metrics", "System metrics"]]
     for number, section in enumerate(sections):
         section["uuid"] = f"s{number}"

@@ -185,6 +185,46 @@ def test_thinned_memory_keeps_the_peak() -> None:
     assert max(p.value for p in points) == pytest.approx(9999e-9)
 
 
+def test_system_metrics_are_samples_of_the_worker_at_their_real_times() -> None:
+    """Half a second apart, of four CPUs; the first token of the first repetition was asked for at 1,000,000 ms."""
+    samples = tuple(MemorySample(i * 500 * MS, 3_000_000 + i, 50, cpus=cpus) for i, cpus in enumerate((None, 4, 1.5)))
+    one = result([[1.0]] * 5, timeline=samples, environment={"cpu": {"usable_cpus": 4}})
+
+    def points(key: str, of: RunResult) -> list[tuple[int, float, int]]:
+        return [(p.step, p.value, p.wall_ms) for p in summary.series(of) if p.key == f"system/{key}"]
+
+    memory, cpu = "system_memory_usage_megabytes", "cpu_utilization_percentage"
+    assert points(memory, one) == [(1, 3, 1_000_000), (2, 3.000001, 1_000_500), (3, 3.000002, 1_001_000)]
+    assert points(cpu, one) == [(2, 100, 1_000_500), (3, 37.5, 1_001_000)]
+    limited = dataclasses.replace(one, environment={"cpu": {"usable_cpus": 4, "quota_cpus": 1.5}})
+    assert [value for _, value, _ in points(cpu, limited)] == pytest.approx([400 / 1.5, 100])
+    assert not points(cpu, dataclasses.replace(one, environment={}))
+    many = tuple(MemorySample(i * MS, 100, 50, cpus=i % 2) for i in range(3000))
+    assert {value for _, value, _ in points(cpu, dataclasses.replace(one, timeline=many))} == {12.5}  # means of ten
+    assert not points("gpu_0_power_usage_watts", one)
+
+
+def test_readings_of_the_gpu_are_system_metrics_by_its_index() -> None:
+    noise = Noise(1.0, utilization_ratio=0.9, power_w=350.0)
+    plain = result([[1.0]] * 2, load=LoadInfo(1.0, facts={"model.device": "cuda:1"}))
+    one = dataclasses.replace(
+        plain,
+        repetitions=tuple(dataclasses.replace(repetition, noise=noise) for repetition in plain.repetitions),
+        environment={"gpus": [{"name": "A"}, {"name": "B"}]},
+        memory=MemoryStages(device={"loaded": 2 * 10**9, "peak": 3 * 10**9, "unloaded": 10**6}),
+        marks={"peak": 900 * MS, "baseline": 0, "loaded": 100 * MS},
+    )
+    found = {(p.key, p.step): (p.value, p.wall_ms) for p in summary.series(one) if p.key.startswith("system/")}
+    assert found == {
+        ("system/gpu_1_utilization_percentage", 1): (90, 1_000_011),
+        ("system/gpu_1_utilization_percentage", 2): (90, 1_001_011),
+        ("system/gpu_1_power_usage_watts", 1): (350, 1_000_011),
+        ("system/gpu_1_power_usage_watts", 2): (350, 1_001_011),
+        ("system/gpu_1_memory_usage_megabytes", 1): (2000, 1_000_100),
+        ("system/gpu_1_memory_usage_megabytes", 2): (3000, 1_000_900),
+    }
+
+
 def test_bandwidth_utilization_by_hand_and_absent_when_the_cache_could_serve() -> None:
     load = LoadInfo(1.0, weight_bytes=1_000, step_bytes=800, kv_bytes_per_token=10)
     # 800 + 2 rows · 10 bytes · (8 + 4/2 tokens) = 1000 bytes per 2 ms = 500,000 bytes/s of 1,000,000.

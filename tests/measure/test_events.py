@@ -80,6 +80,7 @@ EXAMPLES: Sequence[Event] = (
     events.JobBegun(("cell-0",)),
     events.CellAdded("cell-2"),
     events.MemorySampled.of([MemorySample(1, 2, 3), MemorySample(4, 5, 6, 7)]),
+    events.MemorySampled.of([MemorySample(1, 2, 3), MemorySample(4, 5, 6, 7, 0.0)]),
     events.CellCompleted(True, 1.5),
 )
 
@@ -91,6 +92,14 @@ def test_an_event_comes_back_from_its_line_as_it_was(event: Event) -> None:
     again = decode(line)
     assert again == event and type(again) is type(event)
     assert decode(line.encode()) == event
+
+
+def test_samples_come_back_with_and_without_the_cpus_in_use() -> None:
+    for samples in ([MemorySample(1, 2, 3), MemorySample(4, 5, 6, 7, 0.0)], [MemorySample(1, 2, 3)], []):
+        again = decode(encode(events.MemorySampled.of(samples)))
+        assert isinstance(again, events.MemorySampled) and again.records() == samples
+    earlier = decode('{"event": "samples", "samples": [[1, 2, 3, null]]}')
+    assert isinstance(earlier, events.MemorySampled) and earlier.records() == [MemorySample(1, 2, 3)]
 
 
 def test_every_class_has_an_example() -> None:

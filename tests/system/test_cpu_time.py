@@ -1,0 +1,25 @@
+"""CPU time of another process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from mlflow_llmbench.system import cpu_time
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such clock")
+
+
+def test_the_clock_of_a_process_is_that_of_its_threads_and_ends_with_it() -> None:
+    own = cpu_time.process_s(os.getpid())
+    assert own is not None and own <= time.process_time()
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        first = cpu_time.process_s(process.pid)
+        second = cpu_time.process_s(process.pid)
+        assert first is not None and second is not None and 0 <= first <= second
+        process.communicate(b"\n")
+        assert cpu_time.process_s(process.pid) is None
