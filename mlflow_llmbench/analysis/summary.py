@@ -455,7 +455,7 @@ def _timeline(result: RunResult) -> Iterator[Point]:
 def _wall_ms(result: RunResult, t_ns: int) -> int:
     """Epoch time in ms of a monotonic time, by the first repetition."""
     first = result.repetitions[0]
-    return first.wall_ms + (t_ns - first.requests[0].t0_ns) // 1_000_000
+    return first.wall_ms - first.requests[0].t0_ns // 1_000_000 + t_ns // 1_000_000
 
 
 def _usable_cpus(result: RunResult) -> float | None:

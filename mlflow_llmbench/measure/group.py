@@ -99,7 +99,7 @@ def measure_apart(
     """
     with tempfile.TemporaryDirectory(prefix="llmbench-") as scratch:
         root = Path(scratch).resolve()
-        environment = {**machine.environment(scratch), **known}
+        environment = {**machine.environment(), **known}
         post(GroupPlaced(), {})
         local = [one.location for one in (task.model, task.model.assistant) if one and one.source in LOCAL_FILES]
         if absent := [location for location in local if not Path(location).exists()]:

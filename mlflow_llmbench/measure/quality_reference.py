@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .. import PACKAGE_DIR
 from ..backends.base import backend_class
 from ..config import model_shape
 from ..records.backends import capabilities_of
@@ -68,7 +67,7 @@ def provide(
         model = backend_class(own.backend).resolve(own)
         if quantized := _already_quantized(own, model):
             return Found(missing=quantized)
-        env_hash = (environment or machine.environment(str(PACKAGE_DIR)))["hashes"]["env"]
+        env_hash = (environment or machine.environment())["hashes"]["env"]
         files = {one.workload: _file(one, model, text, env_hash) for one in task.cells}
         absent = {workload: str(file) for workload, file in files.items() if not file.exists()}
         if not absent:

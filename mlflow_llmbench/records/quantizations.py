@@ -388,6 +388,16 @@ def library_of_method(method: object) -> Library | None:
     return next((library for library in LIBRARIES if library.method == method), None)
 
 
+def quantizing_packages(quant: str, backend: str, method: object) -> tuple[str, ...]:
+    """Return the packages that quantize a scheme, or that read a checkpoint of a method (fact `quant.method`).
+
+    A method that is of no library of ours is the name of its package, such as `nncf`, or of none.
+    """
+    scheme = SCHEMES.get(quant)
+    library = scheme.library if scheme and scheme.library and scheme.backend == backend else library_of_method(method)
+    return library.packages if library else (str(method),)
+
+
 def install_command(package: str) -> str:
     """Return the command that installs a package of a library, or any other package."""
     return next((library.install for library in LIBRARIES if package in library.packages), pip_install(package))

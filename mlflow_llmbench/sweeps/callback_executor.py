@@ -7,7 +7,6 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 
-from .. import PACKAGE_DIR
 from ..backends.callback import CallbackBackend, Generate
 from ..measure.batch import measure_cell
 from ..measure.events import CellBegun, CellCompleted, CellMeasured, CellProgress, FirstToken, GroupBegun
@@ -24,7 +23,7 @@ class CallbackExecutor(SerialExecutor):
     """Executor that calls a function in this process. It has no memory limit: the function's need is unknown."""
 
     def __init__(self, device: str, encode: Callable[[str], Sequence[int]] | None, vocab_size: int) -> None:
-        environment = machine.environment(str(PACKAGE_DIR))
+        environment = machine.environment()
         super().__init__(MachineFacts(environment, (environment["hashes"]["env"],)))
         self.device, self.encode, self.vocab_size = device, encode, vocab_size
         self.function: Generate | None = None

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from .. import PACKAGE_DIR
 from ..measure.events import Event
 from ..measure.outcome import GroupOutcome
 from ..measure.task import Task
@@ -48,7 +47,7 @@ def this_machine(options: Options, devices: Iterable[str]) -> MachineFacts:
 
     Raises MissingError if there is no such device.
     """
-    environment = machine.environment(str(PACKAGE_DIR))
+    environment = machine.environment()
     limit, _ = estimate.memory_limit(options.memory_limit)
     memory = {} if options.force else {device: estimate.available_memory(device, limit) for device in devices}
     return MachineFacts(environment, (environment["hashes"]["env"],), memory, machine.known_peaks())

@@ -190,7 +190,7 @@ class RayExecutor:
                 "Add one: ray start --address=HOST:PORT"
             )
         found = self._ask_nodes()
-        self.git = machine.git_commit(str(PACKAGE_DIR))
+        self.git = machine.own_commit()
         self.machine = MachineFacts(
             {**found[0], "git": self.git},
             tuple(dict.fromkeys(one["hashes"]["env"] for one in found)),

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import PACKAGE_DIR
 from ..analysis import probe
 from ..records import reading
 from ..records.errors import MissingError
@@ -130,9 +131,14 @@ def require_device(device: str) -> str:
     return device
 
 
-def environment(git_folder: str | None = None) -> dict[str, Any]:
-    """Return the fingerprint, plus the commit of a folder (default: working directory) as `git`. Starts git."""
-    return {**fingerprint(), "git": git_commit(git_folder or os.getcwd())}
+def environment() -> dict[str, Any]:
+    """Return the fingerprint, plus `own_commit` as `git`. Starts git."""
+    return {**fingerprint(), "git": own_commit()}
+
+
+def own_commit() -> str | None:
+    """Return the commit of the checkout that this program is in, else of the one in the working directory."""
+    return git_commit(str(PACKAGE_DIR)) or git_commit(os.getcwd())
 
 
 NO_QUOTA = ("quota_cpus", None)

@@ -33,7 +33,7 @@ from ..records.redaction import redact
 from ..records.results import RunResult
 from ..reports.result import summary_markdown
 from .explanations import plain_errors
-from .runs import PARENT_TAG, cell_params, set_tags
+from .runs import PARENT_TAG, cell_params, log_model_figures, set_tags
 from .search import RUN_REFERENCE, cells_of_run, download_result, runs_of_sweep
 from .store import Store
 
@@ -262,6 +262,7 @@ def _create(store: Store, name: str, result: RunResult, deployment: Deployment) 
         folder = Path(scratch) / "model"
         save(deployment, folder, run_id, logged.model_id)
         client.log_model_artifacts(logged.model_id, str(folder))
+    log_model_figures(store, run_id, logged.model_id, result, deployment.figures)
     client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
     client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, 0)])
     source = f"models:/{logged.model_id}"

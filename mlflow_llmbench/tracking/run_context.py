@@ -20,7 +20,6 @@ TAG_RUNS = "MLFLOW_LLMBENCH_TAG_RUNS"
 def fingerprint_tags(environment: Mapping[str, Any], gpu: Mapping[str, Any] | None) -> dict[str, str | None]:
     """Return the tags for the hardware and software of a run, without their prefix. `gpu` is the GPU that it used."""
     from ..records.environment import GPU_RUNTIME
-    from ..records.quantizations import LIBRARY_PACKAGES
 
     packages, hashes = environment.get("packages") or {}, environment.get("hashes") or {}
     return {
@@ -34,7 +33,7 @@ def fingerprint_tags(environment: Mapping[str, Any], gpu: Mapping[str, Any] | No
         **{name: environment.get(name) if gpu else None for name in GPU_RUNTIME},
         "torch": packages.get("torch"),
         "transformers": packages.get("transformers"),
-        **{package: packages.get(package) for package in LIBRARY_PACKAGES},
+        "git_commit": environment.get("git"),
     }
 
 
@@ -45,7 +44,7 @@ def _tags_here() -> dict[str, str]:
     from ..system import machine
 
     found = machine.fingerprint()
-    tags = {"mlflow_llmbench": __version__, **fingerprint_tags(found, next(iter(found["gpus"]), None))}
+    tags = {"version": __version__, **fingerprint_tags(found, next(iter(found["gpus"]), None))}
     return {f"llmbench.{name}": str(value) for name, value in tags.items() if value}
 
 

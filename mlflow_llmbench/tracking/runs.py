@@ -23,7 +23,7 @@ from ..config.spec import cell_fields
 from ..records.cell import Cell, as_text
 from ..records.errors import TrackingError
 from ..records.metrics import SCHEMA
-from ..records.quantizations import COLOURS
+from ..records.quantizations import COLOURS, quantizing_packages
 from ..records.redaction import redact, redact_all
 from ..records.results import RunResult, Verdict
 from ..records.verdicts import OUTCOMES
@@ -213,7 +213,7 @@ def cell_tags(result: RunResult, verdict: Verdict) -> dict[str, str]:
     tags = fingerprint_tags(result.environment, gpu_of(result)) | {
         "schema": str(SCHEMA),
         "version": __version__,
-        "mlflow_llmbench": __version__,
+        "quant_package": _quant_package(result),
         "sweep": result.sweep,
         "config_hash": result.hashes.config,
         "env_hash": result.hashes.env,
@@ -229,6 +229,14 @@ def cell_tags(result: RunResult, verdict: Verdict) -> dict[str, str]:
     }
     found = {f"llmbench.{key}": redact(str(value))[:5000] for key, value in tags.items() if value}
     return found | {"mlflow.runColor": COLOURS.get(result.cell.quant, COLOURS["none"])}
+
+
+def _quant_package(result: RunResult) -> str:
+    """Return the package that quantized the model, with its version: `bitsandbytes 0.50.2`; empty without one."""
+    installed = result.environment.get("packages") or {}
+    method = result.load.facts.get("quant.method") if result.load else None
+    names = quantizing_packages(result.cell.quant, result.cell.backend, method)
+    return ", ".join(f"{name} {installed[name]}" for name in names if name in installed)
 
 
 def log_tags(store: Store, run_id: str, tags: Mapping[str, str]) -> None:
@@ -259,11 +267,29 @@ def _log_workload(store: Store, run_id: str, result: RunResult) -> None:
         else {"tags": {"mlflow.source.name": f"mlflow_llmbench/workloads: {cell.workload}"}}
     )
     lengths = {name: as_text(name, getattr(cell, name)) for name in ("prompt_tokens", "output_tokens")}
-    name = redact(Path(cell.workload).stem if own_file else cell.workload)
-    prompts = Dataset(
-        name, result.hashes.workload, "local" if own_file else "code", json.dumps(source), profile=json.dumps(lengths)
-    )
+    name, digest = _workload_id(result)
+    kind = "local" if own_file else "code"
+    prompts = Dataset(name, digest, kind, json.dumps(source), profile=json.dumps(lengths))
     store.client.log_inputs(run_id, [DatasetInput(prompts, [InputTag("mlflow.data.context", "benchmark")])])
+
+
+def _workload_id(result: RunResult) -> tuple[str, str]:
+    """Return name and digest of the dataset that a result's prompts are."""
+    workload = result.cell.workload
+    name = workload if workload in WORKLOADS else Path(workload).stem
+    return redact(name), result.hashes.workload
+
+
+def log_model_figures(
+    store: Store, run_id: str, model_id: str, result: RunResult, figures: Mapping[str, float]
+) -> None:
+    """Log figures of a run as those of a logged model too, with the run's prompts as their dataset."""
+    from mlflow.entities import Metric
+
+    name, digest = _workload_id(result)
+    points = _points(result, figures)
+    values = [Metric(p.key, p.value, p.wall_ms, p.step, model_id, name, digest, run_id) for p in points]
+    store.client.log_batch(run_id, values)
 
 
 def log_dataset(

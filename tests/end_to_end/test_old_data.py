@@ -41,8 +41,10 @@ FAILED_CELL, VALID, STREAM, SERVER, TINY, KILLED = (
 )
 """Sweeps in the data. The command of the last one was killed before it could upload anything."""
 
-OF_UPLOAD = re.compile(r"llmbench\.(?!gate|registered|schema)")
-"""Our tags, without those that register and gate add to a run later, and without the version of the names."""
+OF_UPLOAD = re.compile(
+    r"llmbench\.(?!gate|registered|schema|mlflow_llmbench|bitsandbytes|optimum|gptqmodel|torchao|hqq)"
+)
+"""Our tags, without those that register and gate add to a run later, and those that schema 2 has another name for."""
 
 BUSY = ("--accept-suspect", "the data were measured on a busy machine")
 CELL = {"backend": "fake", "prompt_tokens": 4, "output_tokens": 6, "repetitions": 5, "warmup": 1, "threads": 1}

@@ -78,6 +78,24 @@ def test_git_commit(tmp_path: Path) -> None:
     assert re.fullmatch("[0-9a-f]{40}", machine.git_commit(str(tmp_path)) or "")
 
 
+def test_the_commit_is_that_of_this_program_or_else_of_the_users_own_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed, own = tmp_path / "site-packages", tmp_path / "own"
+    installed.mkdir()
+    own.mkdir()
+    commit = ["-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-q", "--allow-empty", "-m", "x"]
+    for command in (["init", "-q"], commit):
+        subprocess.run(["git", *command], cwd=own, check=True)
+    monkeypatch.setattr(machine, "PACKAGE_DIR", installed)
+    monkeypatch.chdir(own)
+    assert machine.own_commit() == machine.git_commit(str(own)) is not None
+    monkeypatch.chdir(installed)
+    assert machine.own_commit() is None
+    monkeypatch.setattr(machine, "PACKAGE_DIR", own)
+    assert machine.environment()["git"] == machine.git_commit(str(own))
+
+
 def test_commands_that_a_strangers_checkout_names_are_not_run(tmp_path: Path) -> None:
     """A folder that was unpacked from an archive can have a `.git` of any content."""
     folder, trace = tmp_path / "checkout", tmp_path / "ran"

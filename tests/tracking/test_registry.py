@@ -88,6 +88,13 @@ def test_a_version_holds_the_configuration_its_figures_and_its_evidence(
         metrics["throughput/output_tokens_per_s"], rel=1e-5
     )
     assert version.tags["llmbench.config_hash"] == result.hashes.config
+    measured = {one.key: one for one in client.get_logged_model(version.source.removeprefix("models:/")).metrics}
+    assert {key: one.value for key, one in measured.items()} == {key: metrics[key] for key in measured}
+    assert {"throughput/output_tokens_per_s", "latency/ttft_ms_p50", "memory/host_needed_gb_peak"} <= measured.keys()
+    [prompts] = [given.dataset for given in client.get_run(run_id).inputs.dataset_inputs]
+    assert {(one.dataset_name, one.dataset_digest) for one in measured.values()} == {(prompts.name, prompts.digest)}
+    again = client.get_metric_history(run_id, "throughput/output_tokens_per_s")
+    assert [point.value for point in again] == [metrics["throughput/output_tokens_per_s"]]  # the run has it once
     assert "up to 16 prompt tokens, 8 output tokens, 2 rows at a time" in version.description
     assert "| output throughput |" in version.description and f"run `{run_id}`" in version.description
     assert client.get_run(run_id).data.tags["llmbench.registered"] == "models:/support-bot/1"

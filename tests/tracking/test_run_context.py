@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from mlflow_llmbench import __version__
 from mlflow_llmbench.system import machine
 from mlflow_llmbench.tracking.run_context import TAG_RUNS
 
@@ -97,6 +98,7 @@ def test_runs_of_others_are_tagged_where_it_is_asked_for(installed: Path, store_
     assert on["llmbench.hardware_hash"] == here["hashes"]["hardware"]
     assert on["llmbench.env_hash"] == here["hashes"]["env"]
     assert on["llmbench.cpu"] == here["cpu"]["name"]
+    assert on["llmbench.version"] == __version__
     assert (
         not {"llmbench.outcome", "llmbench.sweep", "llmbench.config_hash", "llmbench.verdict"} & on.keys()
     )  # it is not one of our results

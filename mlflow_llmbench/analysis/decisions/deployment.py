@@ -110,7 +110,7 @@ def deployment_of(result: RunResult, metrics: Mapping[str, float], evidence: Evi
 
 
 def version_tags(deployment: Deployment) -> dict[str, str]:
-    """Tags of a version for readers of the registry: metrics without their section, verdict, evidence, hashes.
+    """Tags of a version for readers of the registry: metrics without their section, verdict, evidence.
 
     The order matters: the model's page shows only the first ones.
     """
@@ -124,7 +124,7 @@ def version_tags(deployment: Deployment) -> dict[str, str]:
         "run_id": evidence.run_id,
         "sweep": evidence.sweep,
         "linked_run": evidence.linked,
-        **{f"{name}_hash": value for name, value in config["hashes"].items()},
+        "config_hash": config["hashes"]["config"],
         "schema": config["schema"],
     }
     return {f"llmbench.{name}": redact(str(value))[:5000] for name, value in tags.items() if value not in (None, "")}

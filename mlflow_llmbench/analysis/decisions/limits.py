@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from ...records.errors import UsageError
-from ...records.metric import GB
+from ...records.metric import GB, STATISTICS
 from ...records.metrics import TPOT, TTFT
 from ...records.text import known_words
 from .candidates import MEMORY, Limit, Measure
@@ -56,8 +56,8 @@ def _latency(name: str, text: str) -> tuple[Measure, str]:
     statistic, _, amount = text.rpartition("=")
     metric, default = LATENCIES[name]
     statistic = statistic or default
-    if statistic not in metric.statistics:
-        known = dict.fromkeys([default, *metric.statistics])
+    if statistic not in STATISTICS or statistic not in metric.statistics:
+        known = dict.fromkeys([default, *(name for name in metric.statistics if name in STATISTICS)])
         raise UsageError(f"Unknown statistic in --max-{name}: {statistic}. Known: {', '.join(known)}.")
     shown = {"p50": "median", "mean": "mean"}.get(statistic, statistic)
     advice = (
