@@ -9,6 +9,9 @@ It speaks HTTP/1.1 as OpenAI-compatible servers do: /v1/completions and /v1/chat
     per_chunk                tokens in one event (default 1)
     per_write                events in one write (default 1)
     reasoning                number of tokens that come in the reasoning channel first
+    field                    field of that channel (default reasoning_content); `parts`: parts of the content
+    noise=1                  keep-alives and other objects before each event with tokens
+    refuses=NAME;NAME        answer 400 to a request with any of these fields; `tell=0`: without naming it
     stop_after               stop here as at an end token, unless ignore_eos is requested and `eos` is not `always`
     eos=ignorable|always     honour ignore_eos or not (default ignorable)
     cached                   prompt tokens that usage reports as cached (default: not reported)
@@ -23,14 +26,16 @@ It speaks HTTP/1.1 as OpenAI-compatible servers do: /v1/completions and /v1/chat
     keep=0                   close the connection after the answer
     split                    write the body in pieces of this many bytes
     slots                    number of requests served at once; the others wait (default: all)
-    status                   answer with this status, a JSON error and no stream
+    status                   answer with this status, a JSON error and no stream (429: with Retry-After)
     error_at, bad_at, cut_at an error event, invalid JSON, or a cut connection in place of this token
     cut_byte                 cut the connection after this many bytes of the whole answer
     stale=1                  close the connection without an answer when it is used a second time, after stall_ms
     refuse=1                 close the connection without an answer
     hang=1                   headers, then silence
     flood=line|events|tiny   no end: one line, events, or chunks of one byte
-    odd=gzip|204|redirect|html|noise    an answer that is not an event stream
+    odd=gzip|204|redirect|html|noise|error|whole    an answer that is not an event stream
+
+A model whose name does not begin with `null:` is answered 404.
 
 GET /log gives, by the header X-Request-Id, the time of receipt of each request, the times of writing its tokens (ns of
 CLOCK_MONOTONIC, which all processes of a machine share), and the request itself. POST /log clears it.
@@ -57,9 +62,18 @@ NUMBERS = {
     "ttft_ms": 5.0, "itl_ms": 2.0, "stall_ms": 0.0, "stall_at": 0.0, "per_chunk": 1.0, "per_write": 1.0,
     "reasoning": 0.0, "stop_after": 1e9, "cached": -1.0, "hits": 0.0, "prompt_extra": 0.0, "prompt_words": 1.0,
     "done": 1.0, "comments": 0.0, "keep": 1.0, "split": 0.0, "slots": 1e9, "status": 0.0, "error_at": 0.0,
-    "bad_at": 0.0, "cut_at": 0.0, "cut_byte": -1.0, "stale": 0.0, "refuse": 0.0, "hang": 0.0,
+    "noise": 0.0, "tell": 1.0, "bad_at": 0.0, "cut_at": 0.0, "cut_byte": -1.0, "stale": 0.0, "refuse": 0.0, "hang": 0.0,
 }  # fmt: skip
-WORDS = {"gaps_ms": "", "eos": "ignorable", "usage": "last", "eol": "lf", "framing": "chunked", "flood": "", "odd": ""}
+WORDS = {"gaps_ms": "", "eos": "ignorable", "usage": "last", "eol": "lf", "framing": "chunked", "flood": "", "odd": "",
+         "field": "reasoning_content", "refuses": ""}  # fmt: skip
+NOISE = ("null", "", "{}", '{"choices": null}', '{"choices": []}', '{"object": "ping"}', '{"choices": [null]}')
+PARTS: dict[str, Any] = {
+    "parts": lambda text: {"content": [{"type": "thinking", "thinking": [{"type": "text", "text": text}]}]},
+    "reasoning_details": lambda text: {"reasoning_details": [{"type": "reasoning.text", "text": text, "index": 0}]},
+    "thinking_blocks": lambda text: {"thinking_blocks": [{"type": "thinking", "thinking": text, "signature": "x"}]},
+    "tool_calls": lambda text: {"tool_calls": [{"index": 0, "function": {"arguments": text}}]},
+    "audio": lambda text: {"audio": {"id": "a", "data": "AAAA", "transcript": text}},
+}
 EOLS = {"lf": "\n", "crlf": "\r\n", "cr": "\r"}
 
 
@@ -128,11 +142,12 @@ class Answer:
         while sofar < self.tokens:
             size = int(min(self.script["per_chunk"], self.tokens - sofar))
             text = " word" * size
-            field = "reasoning_content" if sofar < self.script["reasoning"] else "content"
+            field = self.script.words["field"] if sofar < self.script["reasoning"] else "content"
+            delta = PARTS.get(field, lambda text, name=field: {name: text})(text)
             sofar += size
             finish = self.finish if sofar == self.tokens and self.finish == "length" else None
             choice = (
-                {"index": 0, "delta": {field: text}, "finish_reason": finish}
+                {"index": 0, "delta": delta, "finish_reason": finish}
                 if self.chat
                 else {"index": 0, "text": text, "finish_reason": finish}
             )
@@ -282,7 +297,15 @@ class Connection(asyncio.Protocol):
             self.plain(
                 int(script["status"]),
                 json.dumps({"error": {"message": f"Scripted status; the key was {headers.get('authorization')}"}}),
+                extra="Retry-After: 20\r\n" if script["status"] == 429 else "",
             )
+            return
+        if not body["model"].startswith("null:"):
+            self.plain(404, json.dumps({"error": {"message": f"The model {body['model']} does not exist."}}))
+            return
+        if unknown := [name for name in script.words["refuses"].split(";") if name in body]:
+            what = f"Unsupported parameter: {unknown[0]}" if script["tell"] else "Bad request"
+            self.plain(400, json.dumps({"error": {"message": what}}))
             return
         if script.words["odd"]:
             self.odd(script.words["odd"])
@@ -319,6 +342,10 @@ class Connection(asyncio.Protocol):
             self.transport.write(b"HTTP/1.1 204 No Content\r\n\r\ndata: what is this\n\n")
         elif what == "redirect":
             self.plain(307, "", extra="Location: http://127.0.0.1:9/v1/completions\r\n")
+        elif what == "error":
+            self.plain(200, json.dumps({"error": {"message": "The engine is restarting.", "code": 503}}))
+        elif what == "whole":
+            self.plain(200, json.dumps({"object": "text_completion", "choices": [{"text": "all at once"}]}))
         elif what == "html":
             self.plain(200, "<html><body>Sign in</body></html>", "text/html")
         else:
@@ -327,6 +354,7 @@ class Connection(asyncio.Protocol):
     async def stream(self, now: int, script: Script, answer: Answer, entry: dict[str, Any]) -> None:
         eol = EOLS[script.words["eol"]]
         before = f": comment{eol}" if script["comments"] else ""
+        before += "".join(f"data: {one}{eol}{eol}" for one in NOISE) if script["noise"] else ""
         self.left = int(script["cut_byte"])
         framing = script.words["framing"]
         events = [(size, sofar, f"{before}data: {data}{eol}{eol}".encode()) for size, sofar, data in answer.events()]

@@ -8,6 +8,7 @@ is busy, or every arrival of the schedule has come. It counts the tokens that ar
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from statistics import fmean, median
 
@@ -34,6 +35,7 @@ from ..records.metrics import (
     ITL,
     LOOP_LAG,
     MADE_OUTPUT_TOKENS,
+    OTHER_TOKENS,
     OUTPUT_TOKENS,
     PADDING_WASTE,
     PER_INSTANCE_RATE,
@@ -42,12 +44,14 @@ from ..records.metrics import (
     RAMP_REQUEST_RATE,
     RAMP_TO,
     RAMP_TTFT,
+    REASONING_TOKENS,
     REQUEST_RATE,
     RESENT_REQUESTS,
     SATURATION_RATE,
     SEND_DELAY,
     SENT_PROMPT_TOKENS,
     SERVER,
+    SKIPPED_EVENTS,
     STAMP_LAG,
     STEADY_ITL,
     STEADY_OUTPUT_RATE,
@@ -57,7 +61,7 @@ from ..records.metrics import (
     TTFO,
     WITHOUT_TPOT,
 )
-from ..records.results import EngineReadings, Repetition, RequestRecord, RunResult
+from ..records.results import CONTENT, REASONING, EngineReadings, Repetition, RequestRecord, RunResult
 from ..records.server_names import SERVER_COUNTERS, SERVER_GAUGES, SERVER_RATIOS, SERVER_TIMES
 from .figures import Figures, distribution, mean_of
 from .latency import chunk_gaps_ms, e2e_ms, gaps_ms, send_delay_ms, tpot_ms, ttft_ms, visible_ms
@@ -133,7 +137,27 @@ def _lengths(result: RunResult) -> Figures:
         MADE_OUTPUT_TOKENS.key("mean"): fmean(r.output_tokens for r in every),
         TOKENS_PER_CHUNK.key("mean"): sum(r.output_tokens for r in every) / sum(len(r.stamps_ns) for r in every),
         CACHED_PROMPT.key(): cached_share(every),
+        SKIPPED_EVENTS.key(): sum(r.skipped or 0 for r in every) or None,
+        **_channel_figures(every),
     }
+
+
+def channel_tokens(some: Sequence[RequestRecord]) -> dict[str, int]:
+    """Output tokens by channel; empty if all are of the answer itself."""
+    found: Counter[str] = Counter()
+    for request in some:
+        found.update(request.channels or {CONTENT: request.output_tokens})
+    return dict(found) if found.keys() - {CONTENT} else {}
+
+
+def _channel_figures(every: Sequence[RequestRecord]) -> Figures:
+    """Mean output tokens of the reasoning channel, and of all others but the answer."""
+    found = channel_tokens(every)
+    if not found:
+        return {}
+    reasoning = found.get(REASONING, 0)
+    others = sum(found.values()) - reasoning - found.get(CONTENT, 0)
+    return {REASONING_TOKENS.key("mean"): reasoning / len(every), OTHER_TOKENS.key("mean"): others / len(every)}
 
 
 def _request_rate(result: RunResult) -> Figures:

@@ -283,6 +283,11 @@ FAILED = {word: Metric("errors", word, "requests that ended this way", better="l
 
 SENT_PROMPT_TOKENS = Metric("lengths", "prompt_tokens", "by the server's count", "", ("mean",))
 MADE_OUTPUT_TOKENS = Metric("lengths", "output_tokens", "by the server's count", "", ("mean",))
+REASONING_TOKENS = Metric(
+    "lengths", "reasoning_tokens",
+    "output tokens of a reasoning channel; with other_tokens, absent if all tokens are of the answer", "", ("mean",))
+OTHER_TOKENS = Metric(
+    "lengths", "other_tokens", "output tokens of tool calls, refusals, and fields of other names", "", ("mean",))
 TOKENS_PER_CHUNK = Metric("lengths", "tokens_per_chunk", "output tokens ÷ chunks of the stream", "", ("mean",))
 TOKENS_PER_STEP = Metric(
     "lengths", "tokens_per_step", "speculative decoding: output tokens per row ÷ steps of the model",
@@ -308,6 +313,9 @@ RESENT_REQUESTS = Metric(
     "client", "resent_requests",
     "requests resent because the server had closed an idle connection; their latency counts from the first sending",
     better="lower")
+SKIPPED_EVENTS = Metric(
+    "client", "skipped_events",
+    "events of the streams without choices and counts, such as keep-alives, over all repetitions; absent if none")
 STAMP_LAG = Metric(
     "client", "stamp_lag_ms", "continuous batching: our time stamp of a step − the engine's stamp of its first token",
     "ms", ("mean", "p50", "p99"), "lower")

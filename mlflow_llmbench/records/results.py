@@ -66,6 +66,10 @@ class LoadInfo:
     made: str | None = None  # file or folder that was run, if made from the checkpoint or one file of a repository
 
 
+CONTENT, REASONING, TOOLS, REFUSAL = "content", "reasoning", "tools", "refusal"
+"""Channels of an answer; others have the name of the field in which their text came."""
+
+
 @dataclass(frozen=True)
 class RequestRecord:
     """One request: sent at `t0_ns`, output token i arrived at `stamps_ns[i − 1]`.
@@ -77,7 +81,8 @@ class RequestRecord:
     outside a reasoning channel · `end_ns`: end of the answer · `cached_tokens`: part of the prompt that was not
     recomputed, from the server's prefix cache or the kept history of a conversation · `asked`: requested prompt and
     output tokens, if they differ between requests · `conversation`, `turn` (from 1): position in a conversation with a
-    server.
+    server · `channels`: output tokens (chunks, if their sizes are not known) by channel, if not all are of the answer
+    itself · `skipped`: events of the stream without choices and counts, such as keep-alives.
     """
 
     t0_ns: int
@@ -96,6 +101,8 @@ class RequestRecord:
     asked: tuple[int, int] | None = None
     conversation: int | None = None
     turn: int | None = None
+    channels: dict[str, int] | None = field(default=None, metadata=OMITTED)
+    skipped: int | None = field(default=None, metadata=OMITTED)
 
     @property
     def prefilled_tokens(self) -> int | None:

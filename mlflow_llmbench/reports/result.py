@@ -12,9 +12,10 @@ from typing import Any
 
 from ..analysis.efficiency import utilization_doubt
 from ..analysis.latency import e2e_ms, ttft_ms
+from ..analysis.online_metrics import channel_tokens
 from ..analysis.order import correlation, unjudged
 from ..analysis.quality import sentences
-from ..analysis.repetitions import process_count
+from ..analysis.repetitions import process_count, requests
 from ..analysis.summary import Turn, gpu_of, statistics, summarize, turns_of
 from ..analysis.verdict import judge, unsupported_percentiles
 from ..config.spec import cell_fields
@@ -31,7 +32,7 @@ from ..records.metrics import (
     peak_memory,
     shown_in,
 )
-from ..records.results import RunResult, Verdict
+from ..records.results import CONTENT, REASONING, REFUSAL, TOOLS, RunResult, Verdict
 from ..records.text import number_text, short_number_text
 from ..stats import classify_outliers
 from ..workloads.prompts import MIXED
@@ -274,6 +275,7 @@ def report_markdown(result: RunResult, metrics: Metrics, verdict: Verdict | None
             "## All metrics",
             markdown_table(["metric", "value"], [[key, _figure(key, value)] for key, value in metrics.items()]),
         ]
+    parts += _channels(result)
     if turns := turns_of(result):
         parts += ["## Turn by turn", _turns_table(turns), *_replies(result)]
     parts += _same_tokens(result)
@@ -315,6 +317,19 @@ def _turns_table(turns: Sequence[Turn]) -> str:
         for t in turns
     ]
     return markdown_table(heading, body)
+
+
+def _channels(result: RunResult) -> list[str]:
+    """Say how many output tokens came in which channel, if not all are of the answer, and name unknown ones."""
+    found = channel_tokens(requests(result))
+    if not found:
+        return []
+    counted = ", ".join(f"{name} {count:,}" for name, count in found.items())
+    text = f"Output tokens by channel: {counted}."
+    unknown = [name for name in found if name not in (CONTENT, REASONING, TOOLS, REFUSAL)]
+    if unknown:
+        text += f" Fields of other names, counted as tokens too: {', '.join(unknown)}."
+    return [markdown(text)]
 
 
 def _replies(result: RunResult) -> list[str]:

@@ -182,8 +182,13 @@ def test_a_reasoning_channel_has_the_first_token_and_the_content_the_first_visib
     assert (record.tokens, len(record.stamps_ns)) == (10, 10)
     assert record.visible_ns == record.stamps_ns[5]
     assert one(server, "", endpoint="chat").visible_ns is not None
+    assert record.channels == {"reasoning": 5, "content": 5}
     never = one(server, "reasoning=10", endpoint="chat")
     assert (never.outcome, never.visible_ns) == ("complete", None)
+    for field in ("reasoning_details", "parts", "thinking_blocks", "tool_calls", "audio", "musings"):
+        other = one(server, f"reasoning=4+noise=1+field={field}", endpoint="chat")
+        assert (other.tokens, len(other.stamps_ns), other.visible_ns) == (10, 10, other.stamps_ns[4])
+        assert other.channels and other.channels["content"] == 6 and other.skipped == 60
 
 
 def test_usage_tells_of_the_prefix_cache_and_of_prompts_that_grew(server: str) -> None:
@@ -203,6 +208,7 @@ WHOLE = [
     "eol=crlf",
     "eol=cr",
     "comments=1",
+    "noise=1",
     "framing=length",
     "framing=close",
     "keep=0",
@@ -225,6 +231,7 @@ FAULTS = {
     "cut_byte=20": "truncated", "cut_byte=500": "truncated", "refuse=1": "truncated",
     "framing=close+cut_at=5": "truncated", "framing=length+cut_at=5": "truncated", "odd=204": "malformed",
     "odd=redirect": "refused", "odd=html": "malformed", "odd=noise": "malformed", "odd=gzip": "malformed",
+    "odd=error": "server_error", "odd=whole": "malformed",
 }  # fmt: skip
 
 
@@ -453,12 +460,40 @@ def test_resolve_says_what_the_server_is_or_why_not(server: str) -> None:
 
     found = OpenAIBackend.resolve(cell())
     assert (found.name, found.location, found.revision, found.context) == ("null:", server, "null 1.2.3", 8192)
-    with pytest.raises(ModelError, match="has no model opt-125m. It has: null:. Give one of them"):
+    with pytest.raises(
+        ModelError, match="has no model opt-125m. It has: null:. Give one of them .*: HTTP 404: The mod"
+    ):
         OpenAIBackend.resolve(cell(model="opt-125m"))
+    assert OpenAIBackend.resolve(cell(model="null:ttft_ms=1")).name == "null:ttft_ms=1"  # not listed, but answered for
     with pytest.raises(
         ModelError, match="Cannot reach the server at http://127.0.0.1:9: No connection: .* Start it, or correct url"
     ):
         OpenAIBackend.resolve(cell(url="http://127.0.0.1:9"))
+
+
+@pytest.mark.parametrize(
+    ("refused", "length", "asked"),
+    [
+        ("", "max_tokens", {"ignore_eos", "stream_options", "temperature"}),
+        ("stream_options", "max_tokens", {"ignore_eos", "temperature"}),
+        ("ignore_eos", "max_tokens", {"stream_options", "temperature"}),
+        ("temperature;max_tokens", "max_completion_tokens", {"ignore_eos", "stream_options"}),
+        ("ignore_eos;stream_options;temperature;max_tokens", "max_completion_tokens", set()),
+    ],
+)
+@pytest.mark.parametrize("tell", [1, 0])
+def test_only_what_a_server_refuses_is_left_out(
+    server: str, refused: str, length: str, asked: set[str], tell: int
+) -> None:
+    """Whether or not its message names the field."""
+    cell = Cell(backend="openai", url=server, model=f"null:ttft_ms=0+refuses={refused}+tell={tell}", output_tokens=2)
+    backend = OpenAIBackend(cell, NONE)
+    facts = backend.load().facts
+    backend.close()
+    assert (backend.options.keys(), facts["server.length_field"]) == (asked, length)
+    assert facts["server.model"] == "not listed, but answered for"
+    assert facts["server.ignore_eos"] == ("asked" if "ignore_eos" in asked else "refused")
+    assert facts["server.temperature"] == (0 if "temperature" in asked else "refused")
 
 
 def test_a_probe_finds_how_many_tokens_a_word_has_and_what_the_server_tells(server: str) -> None:

@@ -31,6 +31,7 @@ from mlflow_llmbench.records.results import (
     RequestRecord,
     RunResult,
 )
+from mlflow_llmbench.reports.result import report_markdown
 from mlflow_llmbench.sweeps.sweep import run
 from mlflow_llmbench.workloads.arrivals import arrival_times_ns
 
@@ -204,6 +205,23 @@ def test_the_first_visible_token_is_told_where_another_channel_came_first() -> N
     )
     metrics = summarize(result(*[dataclasses.replace(r, visible_ns=r.stamps_ns[2]) for r in TWO_USERS]))
     assert metrics["latency/ttfo_ms_p50"] == metrics["latency/ttft_ms_p50"] + 20
+
+
+def test_tokens_are_told_by_channel_where_not_all_are_of_the_answer() -> None:
+    plain = result(*TWO_USERS)
+    assert not {"lengths/reasoning_tokens_mean", "lengths/other_tokens_mean", "client/skipped_events"} & set(
+        summarize(plain)
+    )
+    assert "by channel" not in report_markdown(plain, summarize(plain), None)
+    told = [dataclasses.replace(TWO_USERS[0], channels={"reasoning": 4, "monologue": 1, "content": 1}, skipped=3)]
+    mixed = result(*told, *TWO_USERS[1:])
+    metrics, count = summarize(mixed), len(TWO_USERS)
+    assert metrics["lengths/reasoning_tokens_mean"] == pytest.approx(4 / count)
+    assert metrics["lengths/other_tokens_mean"] == pytest.approx(1 / count)
+    assert metrics["client/skipped_events"] == 3 * len(mixed.repetitions)
+    text = report_markdown(mixed, metrics, None)
+    assert "Output tokens by channel: reasoning 20, monologue 5, content " in text
+    assert "Fields of other names, counted as tokens too: monologue." in text
 
 
 def test_goodput_counts_what_met_every_limit_and_failures_as_bad() -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 from ...loadgen.http1 import Exchange
 from ...loadgen.sse import EventParser
-from ...records.results import RequestRecord
+from ...records.results import CONTENT, RequestRecord
+from .channels import channel_of
 
 MAX_SERVER_TEXT, MAX_MESSAGE = 2000, 200
 """Characters of a server's error that are read, and of the message that is kept."""
@@ -19,6 +20,7 @@ class _Answer:
     """State of an answer while its events are read."""
 
     stamps: list[int] = dataclasses.field(default_factory=list)
+    channels: list[str] = dataclasses.field(default_factory=list)  # of each stamp
     told: list[int | None] = dataclasses.field(default_factory=list)  # output tokens so far, as each chunk reports
     usage: dict[str, Any] = dataclasses.field(default_factory=dict)
     visible: int | None = None
@@ -27,6 +29,7 @@ class _Answer:
     finish_ns: int | None = None
     finish_has_text: bool = False  # the finish reason came in a chunk with text
     done: bool = False
+    skipped: int = 0  # events without choices and counts: keep-alives, other objects
     fault: str = ""
     message: str = ""
 
@@ -44,6 +47,7 @@ def read_answer(exchange: Exchange, key: str = "") -> RequestRecord:
         _count(answer.usage.get("completion_tokens")) or None,  # a count of 0 means that the server did not count
         answer.usage.get("prompt_tokens_details"),
     )
+    sizes = _chunk_tokens(answer, tokens)
     return RequestRecord(
         t0_ns=exchange.t0_ns,
         stamps_ns=tuple(answer.stamps),
@@ -52,13 +56,15 @@ def read_answer(exchange: Exchange, key: str = "") -> RequestRecord:
         outcome=answer.fault or "complete",
         message=(answer.message.replace(key, "…") if key else answer.message)[:MAX_MESSAGE],
         tokens=tokens,
-        chunk_tokens=_chunk_tokens(answer, tokens),
+        chunk_tokens=sizes,
         visible_ns=answer.visible,
         end_ns=exchange.end_ns,
         cached_tokens=_count(details.get("cached_tokens")) if isinstance(details, dict) else None,
         finish=answer.finish[:40] or "not told",
         conversation=exchange.conversation,
         turn=exchange.turn,
+        channels=_channels(answer, sizes),
+        skipped=answer.skipped or None,
     )
 
 
@@ -84,6 +90,7 @@ def _answer_of(exchange: Exchange) -> _Answer:
         and not answer.finish_has_text
     ):
         answer.stamps.append(answer.finish_ns)  # the end token, which has no text and comes with the finish reason
+        answer.channels.append(CONTENT)
         answer.told.append(tokens)
     if not answer.fault and not answer.stamps:
         answer.fault, answer.message = "malformed", "The answer was complete but had no token."
@@ -96,7 +103,8 @@ def _check_head(exchange: Exchange, answer: _Answer) -> None:
     if not status or (status == 200 and kind.startswith("text/event-stream")):
         return
     text = b"".join(exchange.parts)[:MAX_SERVER_TEXT].decode("utf-8", "replace")
-    said = f"HTTP {status}: {_error_text(text)}"
+    wait = exchange.headers.get("retry-after", "").strip()[:40]
+    said = f"HTTP {status}: {_error_text(text)}{f' (Retry-After: {wait})' if wait else ''}"
     if status >= 500 and status != 503:
         answer.fault, answer.message = "server_error", said
     elif 300 <= status < 400:
@@ -106,41 +114,41 @@ def _check_head(exchange: Exchange, answer: _Answer) -> None:
         )
     elif status >= 400:
         answer.fault, answer.message = "refused", said
+    elif _is_error(_json(text)):
+        answer.fault, answer.message = "server_error", said
     else:
         answer.fault, answer.message = (
             "malformed",
-            f"HTTP {status} with {kind[:40] or 'no content type'} instead of text/event-stream.",
+            f"HTTP {status} with {kind[:40] or 'no content type'} instead of text/event-stream"
+            f"{': ' + ' '.join(text.split()) if text.strip() else '.'}",
         )
 
 
 def _error_text(text: str) -> str:
     """Return the message of a JSON error, else the text itself, on one line."""
-    try:
-        found: Any = json.loads(text)
-        found = found.get("error", found) if isinstance(found, dict) else found
-        found = (found.get("message") or found.get("detail") or found) if isinstance(found, dict) else found
-    except (ValueError, RecursionError):
-        found = text
+    found = _json(text)
+    found = (found.get("error") or found) if isinstance(found, dict) else found
+    found = (found.get("message") or found.get("detail") or found) if isinstance(found, dict) else found
     return " ".join(str(found)[:MAX_SERVER_TEXT].split())
 
 
 def _read_events(exchange: Exchange, answer: _Answer) -> None:
-    """Read the events of the stream into `answer`, up to its end or the first invalid event."""
+    """Read the events of the stream into `answer`, up to its end or the first event that contradicts the protocol."""
     parser = EventParser()
     for stamp, part in zip(exchange.stamps, exchange.parts, strict=True):
         for event in parser.feed(part):
-            if event.data == "[DONE]":
+            data = event.data.strip()
+            if data == "[DONE]":
                 answer.done = True
                 return
-            try:
-                body = json.loads(event.data)
-            except (ValueError, RecursionError):
-                body = None
-            if event.type == "error" or (isinstance(body, dict) and body.get("error")):
+            body = _json(data) if data else None
+            if event.type == "error" or _is_error(body):
                 answer.fault = answer.fault or "server_error"
-                answer.message = answer.message or f"An error in the stream: {_error_text(event.data)}"
+                answer.message = answer.message or f"An error in the stream: {_error_text(data)}"
                 return
-            if not isinstance(body, dict) or not _take_chunk(body, stamp, answer):
+            if body is None:  # a keep-alive
+                answer.skipped += 1
+            elif not isinstance(body, dict) or not _take_chunk(body, stamp, answer):
                 answer.fault, answer.message = (
                     answer.fault or "malformed",
                     answer.message or f"Not an event of a completion: {event.data[:MAX_SERVER_TEXT]!r}.",
@@ -148,36 +156,53 @@ def _read_events(exchange: Exchange, answer: _Answer) -> None:
                 return
 
 
+def _json(text: str) -> Any:
+    """Return the value of a JSON text, or the text itself if it is not JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _is_error(body: object) -> bool:
+    return isinstance(body, dict) and bool(body.get("error") or body.get("object") == "error")
+
+
 def _take_chunk(body: dict[str, Any], stamp: int, answer: _Answer) -> bool:
-    """Read one chunk into `answer`. Return False if it is not a chunk."""
-    usage = body.get("usage")
+    """Read one chunk into `answer`. Return False if its choices are none."""
+    usage, choices = body.get("usage"), body.get("choices")
     if isinstance(usage, dict):
         answer.usage = usage
-    choices = body.get("choices")
-    if not isinstance(choices, list):
-        return isinstance(usage, dict) or "choices" not in body  # the stream may contain other objects
-    for choice in choices:
-        if not isinstance(choice, dict):
+    elif not choices:
+        answer.skipped += 1
+    if choices is not None and not isinstance(choices, list):
+        return False
+    for choice in choices or ():
+        if choice is None:
+            continue
+        delta = choice.get("delta") if isinstance(choice, dict) else choice
+        if not isinstance(delta, dict | None):
             return False
-        delta = choice.get("delta")
-        fields: dict[str, Any] = delta if isinstance(delta, dict) else choice
-        visible = fields.get("content") or fields.get("text")
-        has_text = bool(
-            visible
-            or fields.get("reasoning_content")
-            or fields.get("reasoning")
-            or fields.get("tool_calls")
-            or fields.get("refusal")
-        )
-        if has_text:
+        channel, visible = channel_of(choice if delta is None else delta, delta is not None)
+        if channel:
             answer.stamps.append(stamp)
+            answer.channels.append(channel)
             answer.told.append(_count(usage.get("completion_tokens")) if isinstance(usage, dict) else None)
             if visible:
                 answer.visible = stamp if answer.visible is None else answer.visible
-                answer.text.append(str(visible))
+                answer.text.append(visible)
         if choice.get("finish_reason"):
-            answer.finish, answer.finish_ns, answer.finish_has_text = str(choice["finish_reason"]), stamp, has_text
+            answer.finish, answer.finish_ns = str(choice["finish_reason"]), stamp
+            answer.finish_has_text = bool(channel)
     return True
+
+
+def _channels(answer: _Answer, sizes: tuple[int, ...] | None) -> dict[str, int] | None:
+    """Return the output tokens of each channel, or its chunks if their sizes are not known; None if all are content."""
+    found: dict[str, int] = {}
+    for channel, size in zip(answer.channels, sizes or [1] * len(answer.channels), strict=True):
+        found[channel] = found.get(channel, 0) + size
+    return found if found.keys() - {CONTENT} else None
 
 
 def _chunk_tokens(answer: _Answer, tokens: int | None) -> tuple[int, ...] | None:

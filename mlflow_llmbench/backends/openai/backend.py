@@ -9,6 +9,7 @@ machine only.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import secrets
 import time
@@ -34,6 +35,7 @@ from .conversations import Conversations
 from .discovery import RESOLVE, api_key, ask_server, http_request, launchable, name_among
 
 PROBE_WORDS = (16, 144)
+REFUSALS = ("HTTP 400", "HTTP 422")
 MIN_TOKENS_PER_WORD = 0.5
 """Least plausible number of tokens per word in a server's count.
 
@@ -43,7 +45,10 @@ A lower count is ignored: every vocabulary needs at least one token per word, an
 HEALTH_S = 0.2
 """Seconds between two health checks of a starting server."""
 
-STATE = ("options", "tokens_per_word", "fixed_tokens", "prompt_prefix", "conversation_prefix")
+ADAPTATIONS = ("ignore_eos", "stream_options", "temperature", "max_tokens")
+"""Fields of a request that servers refuse. Each is left out; `max_tokens` has another name there."""
+
+STATE = ("options", "length_field", "tokens_per_word", "fixed_tokens", "prompt_prefix", "conversation_prefix")
 """Attributes that `load` sets and every sending process needs."""
 
 
@@ -72,7 +77,9 @@ class OpenAIBackend(NothingToFetch):
         self.load_s: float | None = None
         self.mapped_bytes = 0
         self._connect()
-        self.options: dict[str, Any] = {"ignore_eos": True, "stream_options": {"include_usage": True}}
+        self.options: dict[str, Any] = {}
+        self.length_field = ""
+        self._adapt(())
         self.facts: dict[str, str | int | float] = {}
         self.tokens_per_word, self.fixed_tokens = 1.0, 0.0
         self.prompt_prefix = ""
@@ -93,12 +100,8 @@ class OpenAIBackend(NothingToFetch):
             told = ask_server(client, address)
         finally:
             client.close()
-        names = list(told.models)
-        if names and cell.model not in names:
-            raise ModelError(
-                f"The server at {cell.url} has no model {cell.model}. "
-                f"It has: {', '.join(name[:100] for name in names[:8])}. Give one of them as model."
-            )
+        if told.models and cell.model not in told.models:
+            cls(cell, ModelFacts(cell.model, "none", cell.url or "", "")).require_answer(list(told.models))
         own = told.models.get(cell.model, {})
         context = own.get("max_model_len")
         return ModelFacts(
@@ -108,6 +111,21 @@ class OpenAIBackend(NothingToFetch):
             revision=told.software(own),
             context=context if isinstance(context, int) and context > 0 else None,
         )
+
+    def require_answer(self, listed: Sequence[str]) -> None:
+        """Raise ModelError unless the server answers for a model that it does not list, as routers do.
+
+        The first answer may take as long as `request_timeout_s`: the server may have to load the model.
+        """
+        try:
+            self._probe_options()
+        except MeasurementError as error:
+            raise ModelError(
+                f"The server at {self.cell.url} has no model {self.cell.model}. It has: "
+                f"{', '.join(name[:100] for name in listed[:8])}. Give one of them as model. {error}"
+            ) from None
+        finally:
+            self.close()
 
     def launch(self, log: Path, started: Started) -> None:
         """Start the server by the cell's command and wait until it is healthy.
@@ -158,11 +176,16 @@ class OpenAIBackend(NothingToFetch):
         self.facts |= {
             "server.endpoint": self.cell.endpoint,
             "server.ignore_eos": "asked" if "ignore_eos" in self.options else "refused",
+            "server.temperature": 0 if "temperature" in self.options else "refused",
+            "server.length_field": self.length_field,
             "server.usage": "told" if second.tokens is not None else "not told",
             "server.prefix_cache": "told" if told else "not told, prompts made unique",
             "server.tokens_per_word": round(self.tokens_per_word, 4),
             "client.loop": type(self.client.loop).__module__.partition(".")[0],
         }
+        listed = ask_server(self.client, self.address, needed=False).models
+        if listed and self.cell.model not in listed:
+            self.facts["server.model"] = "not listed, but answered for"
         return self.describe()
 
     def describe(self) -> LoadInfo:
@@ -300,8 +323,7 @@ class OpenAIBackend(NothingToFetch):
         chat = self.cell.endpoint == "chat"
         body: dict[str, Any] = {
             "model": self.cell.model,
-            "max_tokens": output_tokens,
-            "temperature": 0,
+            self.length_field: output_tokens,
             "stream": True,
             **self.options,
         }
@@ -316,20 +338,34 @@ class OpenAIBackend(NothingToFetch):
         prompt = PromptSet("synthetic").words(self.cell, -2, words, words, secrets.token_hex(8))
         return self.read(self.client.ask(self.body(prompt, 1, -1)))
 
+    def _adapt(self, without: Sequence[str]) -> None:
+        """Ask for all options but those of `ADAPTATIONS` that a server refuses."""
+        every = {"ignore_eos": True, "stream_options": {"include_usage": True}, "temperature": 0}
+        self.options = {name: value for name, value in every.items() if name not in without}
+        self.length_field = "max_completion_tokens" if "max_tokens" in without else "max_tokens"
+
     def _probe_options(self) -> RequestRecord:
-        """Get a first answer with as many of the options as the server accepts. Raises MeasurementError without one."""
-        usage = {"stream_options": {"include_usage": True}}
-        for options in ({"ignore_eos": True, **usage}, usage, {}):
-            self.options = options
+        """Get a first answer with as many of the options as the server accepts. Raises MeasurementError without one.
+
+        After a refusal each option is left out alone before two are, those first that the server's message names.
+        """
+        first = self._probe(PROBE_WORDS[0])
+        if first.outcome == "complete":
+            return first
+        names = sorted(ADAPTATIONS, key=lambda name: name not in first.message)
+        fewer = (some for size in range(1, len(names) + 1) for some in itertools.combinations(names, size))
+        refused = first.message.startswith(REFUSALS)
+        for without in fewer if refused else ():
+            self._adapt(without)
             record = self._probe(PROBE_WORDS[0])
             if record.outcome == "complete":
                 return record
-            if not record.message.startswith(("HTTP 400", "HTTP 422")):
+            if not record.message.startswith(REFUSALS):
                 break
         if self.server:
             self.server.require_running()
         why = f" {log_end(self.server.log)}" if self.server else ""
         raise MeasurementError(
-            f"The server does not answer a first request ({record.outcome}): {record.message} Check its log, model and "
+            f"The server does not answer a first request ({first.outcome}): {first.message} Check its log, model and "
             f"endpoint.{why}"
         )
