@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from .options import (
     EXPERIMENT,
     JSON,
+    LATEST,
     NOISE,
     PERMISSIONS,
     SHARE,
@@ -19,7 +20,7 @@ from .options import (
     output_dir,
     permissions,
 )
-from .output import print_json, progress
+from .output import known, print_json, progress
 
 if TYPE_CHECKING:
     from ..analysis.comparison import Comparison
@@ -31,9 +32,10 @@ if TYPE_CHECKING:
     "say how results differ, and whether that is more than noise",
     Option(
         "references",
-        "run id, runs:/ID, sweep, or results folder; all others are compared with the first",
+        "run id, runs:/ID, sweep, or results folder; all others are compared with the first (default: latest sweep)",
         "RESULT",
         many=True,
+        default=LATEST,
     ),
     allow("hardware", "software", "workload", "scenario", "schema", "verdict"),
     Option(
@@ -65,7 +67,7 @@ def compare(
             print(f"{format_comparison(comparison)}\n")
 
     found = compare.compare_all(
-        references,
+        known(references, tracking_uri, experiment),
         noise=noise,
         allow=comma_list(allow),
         paired=paired,
@@ -84,9 +86,10 @@ def compare(
     "fit scaling laws: what batch, length, size and bits cost",
     Option(
         "references",
-        "sweep, run id, runs:/ID, or results folder; several are studied together",
+        "sweep, run id, runs:/ID, or results folder; several are studied together (default: latest sweep)",
         "SWEEP",
         many=True,
+        default=LATEST,
     ),
     SHARE,
     Option("--at", "also predict at these values: batch_size=6,12 or prompt_tokens=300", "NAME=LIST", many=True),
@@ -110,7 +113,7 @@ def scaling(
         print(format_scaling(study))
 
     found = scaling.scaling(
-        references,
+        known(references, tracking_uri, experiment),
         share=share,
         at=[point for text in at for point in scaling.parse_points(text)],
         destination=Destination(output, log),
@@ -154,7 +157,7 @@ def reproduce(
 
     with progress(plans=False) as shown:
         done = reproduce.reproduce(
-            reference,
+            known([reference], tracking_uri, experiment)[0],
             margin=parse_ratio("--margin", margin),
             permissions=permissions(trust_remote_code, allow_pickle),
             url=url,

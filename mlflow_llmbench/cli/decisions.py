@@ -11,7 +11,9 @@ from ..records.invocation import command_text
 from ..records.redaction import redact
 from .options import (
     ACCEPT_SUSPECT,
+    EXPERIMENT,
     JSON,
+    LATEST,
     PERMISSIONS,
     TRACKING_URI,
     Option,
@@ -21,7 +23,7 @@ from .options import (
     output_dir,
     permissions,
 )
-from .output import print_json, progress
+from .output import known, print_json, progress
 
 if TYPE_CHECKING:
     from ..analysis.decisions.recommend import Recommendation
@@ -31,7 +33,14 @@ if TYPE_CHECKING:
 @command(
     "recommend",
     "choose the best configuration within limits, and say why",
-    Option("references", "sweep, run id, runs:/ID, or results folder", "RESULT", many=True, entry_name="sweep"),
+    Option(
+        "references",
+        "sweep, run id, runs:/ID, or results folder (default: latest sweep)",
+        "RESULT",
+        many=True,
+        default=LATEST,
+        entry_name="sweep",
+    ),
     Option(
         "--goal",
         "what to optimize (default: throughput)",
@@ -58,6 +67,7 @@ if TYPE_CHECKING:
     Option("--output", "also write the files into this folder", "FOLDER", panel="results"),
     JSON,
     TRACKING_URI,
+    EXPERIMENT,
     examples=(
         "recommend SWEEP --max-memory 6GB --max-ttft 200ms",
         "recommend SWEEP_A SWEEP_B --goal latency --min-quality kl=0.05",
@@ -67,7 +77,7 @@ if TYPE_CHECKING:
 def recommend(
     references: Sequence[str], goal: str, max_memory: str | None, max_ttft: str | None, max_tpot: str | None,
     min_quality: str | None, allow: str | None, accept_suspect: str | None, output: str | None, json: bool,
-    tracking_uri: str | None,
+    tracking_uri: str | None, experiment: str | None,
 ) -> int:  # fmt: skip
     """Print the recommendation. Exit code: 0, or 1 if no result meets the limits."""
     from ..analysis.decisions.limits import read_limits
@@ -79,7 +89,7 @@ def recommend(
         print(format_recommendation(found))
 
     done = recommend.recommend(
-        references,
+        known(references, tracking_uri, experiment),
         goal,
         read_limits(max_memory, max_ttft, max_tpot, min_quality),
         accept_suspect=accept_suspect,
@@ -88,7 +98,7 @@ def recommend(
         tracking_uri=tracking_uri,
         on_result=show,
     )
-    print(f"\n{format_logged(done.run_id, done.store_uri, done.sweep, done.found.winner is not None)}")
+    print(f"\n{format_logged(done.run_id, done.store_uri, done.sweep, done.offer)}")
     if json:
         print_json(recommendation_json(done.found))
     return 0 if done.found.winner else 1
@@ -99,8 +109,9 @@ def recommend(
     "add a configuration to the Model Registry with its evidence",
     Option(
         "reference",
-        "run id, parent run of a sweep with a recommendation, or a recommendation.json file",
+        "run id, sweep with a recommendation, or a recommendation.json file (default: latest sweep)",
         "RUN",
+        default=LATEST,
         entry_name="run",
     ),
     Option("--name", "registered model, for example support-bot", "NAME", required=True),
@@ -113,6 +124,7 @@ def recommend(
     ACCEPT_SUSPECT,
     JSON,
     TRACKING_URI,
+    EXPERIMENT,
     examples=(
         "register SWEEP --name support-bot",
         "register RUN --name support-bot --accept-suspect 'measured on a shared machine'",
@@ -121,12 +133,14 @@ def recommend(
     store="first",
 )
 def register(
-    reference: str, name: str, alias: str, accept_suspect: str | None, json: bool, tracking_uri: str | None
-) -> int:
+    reference: str, name: str, alias: str, accept_suspect: str | None, json: bool, tracking_uri: str | None,
+    experiment: str | None,
+) -> int:  # fmt: skip
     """Print the registered version."""
     from ..reports.versions import format_registered
     from ..workflows import versions
 
+    reference = known([reference], tracking_uri, experiment)[0]
     made = versions.register(reference, name, alias, accept_suspect=accept_suspect, tracking_uri=tracking_uri)
     print(format_registered(made.uri, alias, made.run_id, made.new))
     if json:
@@ -197,7 +211,7 @@ def gate(
             shown,
         )
         run = gate.gate(
-            candidate,
+            known([candidate], tracking_uri, experiment)[0],
             against,
             parse_limits(limit or ""),
             default_limit=parse_ratio("--default-limit", default_limit),

@@ -65,9 +65,9 @@ class Option:
     """An option (`--name`), or a positional value of a command (a name without dashes).
 
     `flag`: takes no value. `switch`: takes true or false, and no value means true. `many`: one or more positional
-    values, or an option that can be repeated. `optional`: `none` means that it is not given. `key`: name of the
-    argument of the command's function. `short`: a second name of one letter. `entry_name`: name of a positional value
-    as parameter of the MLproject.
+    values, or an option that can be repeated. A positional value with a `default` may be left out. `optional`: `none`
+    means that it is not given. `key`: name of the argument of the command's function. `short`: a second name of one
+    letter. `entry_name`: name of a positional value as parameter of the MLproject.
     `words`: known values. `listed`: takes several, separated by commas. `panel`: key of `PANELS`, "" for an option of
     its own command.
     """
@@ -102,10 +102,13 @@ class Option:
     @property
     def called(self) -> str:
         """What stands for its value in a help page."""
-        return f"{self.metavar}…" if self.many else self.metavar
+        called = f"{self.metavar}…" if self.many else self.metavar
+        return f"[{called}]" if self.positional and self.default else called
 
     def value(self, given: object) -> object:
-        """Return the value of the function's argument: the parsed one, None if it is not given."""
+        """Return the value of the function's argument: the parsed one, its default, or None if it is not given."""
+        if self.positional and self.default:
+            return given or ((self.default,) if self.many else self.default)
         if not self.optional:
             return given
         text = str(given or "").strip()
@@ -269,6 +272,9 @@ def permissions(trust_remote_code: bool, allow_pickle: bool) -> frozenset[str]:
 
 SINGLE_OPTIONS = parameter_options(PARAMETERS_OF["run"], lists=False)
 RUN_OPTIONS, ONLINE_OPTIONS = (parameter_options(PARAMETERS_OF[name]) for name in ("run", "online"))
+LATEST = "latest"
+"""Word for the newest measured sweep, where a command takes results."""
+
 CONFIG = Option(
     "--config",
     "YAML file of parameters, such as a run's config.yaml; options override it",

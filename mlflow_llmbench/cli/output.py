@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, TextIO
 
 from ..records.redaction import Terminal
+from .options import LATEST
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -53,6 +55,20 @@ def progress(plans: bool = True) -> Iterator[Progress]:
 def print_json(data: object, ensure_ascii: bool = False) -> None:
     """Print data as one line of JSON."""
     print(json.dumps(data, ensure_ascii=ensure_ascii))
+
+
+def known(references: Sequence[str], tracking_uri: str | None, experiment: str | None = None) -> list[str]:
+    """Return references of results, with the newest sweep for `latest`, and say on stderr which one that is.
+
+    Raises UsageError if there is none, and TrackingError.
+    """
+    if LATEST not in references or os.path.exists(LATEST):
+        return [*references]
+    from ..workflows.latest import latest_sweep
+
+    found = latest_sweep(tracking_uri, experiment)
+    print(f"The latest sweep: {found}.", file=sys.stderr)
+    return [found.sweep if one == LATEST else one for one in references]
 
 
 def print_version_warnings() -> None:

@@ -138,7 +138,11 @@ def _parameter(option: Option) -> click.Parameter:
     if option.positional:
         metavar = option.metavar or option.name.upper()
         return click.Argument(
-            [option.argument], nargs=-1 if option.many else 1, required=True, metavar=metavar, **settings
+            [option.argument],
+            nargs=-1 if option.many else 1,
+            required=not option.default,
+            metavar=metavar,
+            **settings,
         )
     if option.flag:
         names = [*filter(None, [option.short, option.name]), option.argument]
@@ -214,7 +218,8 @@ def _told(error: click.UsageError) -> str:
 def _unknown_option(context: click.Context, name: str) -> str:
     command = context.command
     if isinstance(command, Program):
-        having = next((one.name for one in command.declared.values() if name in {o.name for o in one.options}), "")
+        usual_first = sorted(command.declared.values(), key=lambda one: one.entry_point != "main")
+        having = next((one.name for one in usual_first if name in {o.name for o in one.options}), "")
         if having:
             return f"The command comes first, then {name}: {context.command_path} {having} {name} …"
     known = [opt for param in command.params if isinstance(param, click.Option) for opt in param.opts]

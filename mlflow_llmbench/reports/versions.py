@@ -26,9 +26,8 @@ def format_promoted(uri: str, before: str | None) -> str:
     )
 
 
-def format_logged(run_id: str | None, store_uri: str, sweep: str, has_winner: bool) -> str:
-    """Return where a recommendation was logged and how to register its winner; `run_id` is None if it was not."""
+def format_logged(run_id: str | None, store_uri: str, sweep: str, offer: str = "") -> str:
+    """Return where a recommendation was logged (`run_id` is None if it was not), and a sentence on registering it."""
     if run_id is None:
         return f"Not logged: the store {redact(store_uri)} has no run of the sweep {sweep}."
-    advice = f" Register the winner: {command_text('register', run_id, name='NAME')}" if has_winner else ""
-    return f"Logged on run {run_id}: recommendation.md.{advice}"
+    return f"Logged on run {run_id}: recommendation.md. {offer}".rstrip()

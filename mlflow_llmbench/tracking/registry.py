@@ -376,7 +376,7 @@ def version_at(store: Store, reference: str) -> ModelVersion:
             raise TrackingError(f"The registry of {store.uri} cannot be read: {str(error).splitlines()[0]}") from None
         raise UsageError(
             f"There is no {reference} in the store {store.uri}. "
-            f"Create a version with `{command_text('register', 'RUN', name=name)}`."
+            f"Create a version with `{command_text('register', name=name)}`."
         ) from None
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,6 +48,18 @@ def runs_of_sweep(store: Store, sweep: str) -> list[Run]:
     """Return all runs of a sweep in the store, in any experiment."""
     experiments = [e.experiment_id for e in store.client.search_experiments()]
     return list(store.client.search_runs(experiments, f"tags.`llmbench.sweep` = '{sweep}'", max_results=50_000))
+
+
+def latest_sweep(store: Store, experiment_ids: Sequence[str]) -> Run | None:
+    """Return the run of the cell that was measured last in these experiments; None if no sweep has been measured."""
+    with plain_errors(store.uri):
+        found = store.client.search_runs(
+            [*experiment_ids],
+            "tags.`llmbench.sweep` LIKE '%' and tags.`llmbench.outcome` LIKE '%'",
+            order_by=["attributes.start_time DESC"],
+            max_results=1,
+        )
+        return found[0] if found else None
 
 
 def open_runs(store: Store, sweep: str) -> list[str]:

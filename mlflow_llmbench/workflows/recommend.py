@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,12 +10,14 @@ from pathlib import Path
 
 from ..analysis.decisions import recommend as analysis
 from ..analysis.decisions.candidates import Limit
+from ..analysis.decisions.deployment import Evidence, refusal_to_register
 from ..analysis.decisions.recommend import Recommendation
+from ..records.invocation import command_text
 from ..reports import artifacts
 from ..system import calibrations
 from ..tracking import registry
 from ..tracking.load_results import load_all
-from ..tracking.store import open_store
+from ..tracking.store import Store, open_store
 
 
 @dataclass(frozen=True)
@@ -22,13 +25,31 @@ class Recommended:
     """Result of `recommend`: the recommendation, the sweep that it belongs to, and the run that holds it.
 
     The sweep is the winner's, else that of the first result. `run_id` is None if the store (`store_uri`) has no run of
-    the sweep.
+    the sweep. `given_uri` is the store's address as the caller gave it. `refusal`: why the winner cannot be registered,
+    None if it can be or there is none.
     """
 
     found: Recommendation
     sweep: str
     run_id: str | None
     store_uri: str
+    given_uri: str | None = None
+    refusal: str | None = None
+
+    @property
+    def registration(self) -> str:
+        """The command that registers the winner; "" if it cannot be registered, or there is none."""
+        if self.found.winner is None or self.run_id is None or self.refusal:
+            return ""
+        model = self.found.winner.result.cell.model.rstrip("/").rpartition("/")[2]
+        name = re.sub(r"[^\w.-]+", "-", model)[:100].strip("-") or "model"
+        where = {"tracking_uri": self.given_uri} if self.given_uri else {}
+        return command_text("register", self.run_id, name=name, **where)
+
+    @property
+    def offer(self) -> str:
+        """How to register the winner, or why that is refused; "" without a winner."""
+        return f"Register the winner: {self.registration}" if self.registration else self.refusal or ""
 
 
 def recommend(
@@ -40,13 +61,15 @@ def recommend(
     allow: frozenset[str] = frozenset(),
     output: str | None = None,
     tracking_uri: str | None = None,
+    own: str | None = None,
     on_result: Callable[[Recommendation], None] = lambda found: None,
 ) -> Recommended:
     """Choose the best of the results of `references` (see `load_results`) within limits (see `read_limits`).
 
     recommendation.json, .md and the chart are written into the folder `output`, and logged on the parent run of the
     sweep. `on_result` gets the recommendation before that. `accept_suspect` and `allow` are as in
-    `analysis.decisions.recommend.recommend`. Raises UsageError, TrackingError or JournalError.
+    `analysis.decisions.recommend.recommend`, `own` as in `open_store`. Raises UsageError, TrackingError or
+    JournalError.
     """
     results = load_all(references, tracking_uri)
     found = analysis.recommend(
@@ -57,8 +80,20 @@ def recommend(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(output or scratch)
         artifacts.write_recommendation(found, folder)
-        store = open_store(tracking_uri)
+        store = open_store(tracking_uri, own=own)
         parent = registry.parent_of_sweep(store, sweep)
-        for run_id in filter(None, (parent, store.given_run_id)):
+        for run_id in dict.fromkeys(filter(None, (parent, store.given_run_id))):
             registry.log_folder(store, run_id, folder)
-    return Recommended(found, sweep, parent, store.uri)
+    return Recommended(found, sweep, parent, store.uri, tracking_uri, _refusal(store, found))
+
+
+def _refusal(store: Store, found: Recommendation) -> str | None:
+    """Return why `register` would refuse the winner; None if it would not, or there is no winner."""
+    if found.winner is None:
+        return None
+    result = found.winner.result
+    run_id = registry.run_of(store, result.sweep, result.hashes.config)
+    if run_id is None:
+        return f"The store has no run of {found.winner.name}."
+    evidence = Evidence(run_id, result.sweep, found.winner.verdict, found.accepted_suspect, result.linked)
+    return refusal_to_register(result, found.winner.metrics, evidence)

@@ -179,8 +179,8 @@ def test_messages_name_commands_and_parameters_as_the_user_gave_them(
     reused = [line for line in capsys.readouterr().err.splitlines() if "measured before" in line]
     assert all(line.endswith("To measure it again: --rerun.") for line in reused)  # none if a busy machine disturbed it
     assert main(["promote", "models:/none/1"], program=MODULE) == 2
-    assert "`python -m mlflow_llmbench register RUN --name none`" in capsys.readouterr().err
+    assert "`python -m mlflow_llmbench register --name none`" in capsys.readouterr().err
     assert main(["promote", "models:/none/1"]) == 2
-    assert "`llmbench register RUN --name none`" in capsys.readouterr().err
+    assert "`llmbench register --name none`" in capsys.readouterr().err
     assert main(["runn"], program=MODULE) == 2
     assert "See `python -m mlflow_llmbench --help`." in capsys.readouterr().err

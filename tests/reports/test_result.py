@@ -51,10 +51,10 @@ def test_a_promotion_names_the_way_back() -> None:
 
 
 def test_a_recommendation_that_cannot_be_logged_names_the_store_without_its_password() -> None:
-    text = format_logged(None, "https://user:hunter2@host/", "20260101T000000Z-abcdef", has_winner=True)
+    text = format_logged(None, "https://user:hunter2@host/", "20260101T000000Z-abcdef")
     assert text.endswith("has no run of the sweep 20260101T000000Z-abcdef.") and "hunter2" not in text
-    assert "--name NAME" in format_logged("f00d", "sqlite://", "s", has_winner=True)
-    assert format_logged("f00d", "sqlite://", "s", has_winner=False) == "Logged on run f00d: recommendation.md."
+    assert format_logged("f00d", "sqlite://", "s") == "Logged on run f00d: recommendation.md."
+    assert format_logged("f00d", "sqlite://", "s", "Why.") == "Logged on run f00d: recommendation.md. Why."
 
 
 def test_only_numbers_that_json_has_are_written() -> None:

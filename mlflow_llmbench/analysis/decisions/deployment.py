@@ -109,6 +109,15 @@ def deployment_of(result: RunResult, metrics: Mapping[str, float], evidence: Evi
     return Deployment(redact_all(config), figures, _requirements(result), evidence)
 
 
+def refusal_to_register(result: RunResult, metrics: Mapping[str, float], evidence: Evidence) -> str | None:
+    """Return why `register` refuses a result, in one sentence; None if it takes it."""
+    try:
+        deployment_of(result, metrics, evidence)
+    except UsageError as error:
+        return str(error)
+    return None
+
+
 def version_tags(deployment: Deployment) -> dict[str, str]:
     """Tags of a version for readers of the registry: metrics without their section, verdict, evidence.
 
