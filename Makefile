@@ -20,12 +20,10 @@ OLD := Python %d.%d is too old. Give 3.10 or newer: make PYTHON=python3.11
 .PHONY: demo test gguf-wheel test-gguf test-all test-here test-random test-gptq test-lm-eval test-newest lint reference docs bench \
 	real-model clean
 
-# A sweep of eight cells with random weights: no download, no licence, but the speed and memory of the real architecture.
+# From nothing to a decision. Without the Hub or the real model below: the real architecture with random weights.
 demo: export MLFLOW_TRACKING_URI ?= sqlite:///mlflow.db
 demo: $(INSTALLED)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/mlflow run . --env-manager local --experiment-name llmbench \
-		-P model=opt-125m -P weights=random -P quant=fp32,bf16,int8,int4 -P batch_size=1,4 \
-		-P prompt_tokens=64 -P output_tokens=32 -P warmup=3 -P repetitions=5
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/mlflow run . -e quickstart --env-manager local --experiment-name llmbench
 	@echo "(mlflow is $(BIN)/mlflow here)"
 
 # Each of two workers begins with one half of the tests and takes over from the other at the end.

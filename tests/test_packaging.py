@@ -121,7 +121,7 @@ def test_the_project_has_the_declared_parameters_with_their_defaults(entry: str)
 
 def test_every_parameter_is_one_of_an_entry_point() -> None:
     assert set(spec.COMMANDS["run"]) | set(spec.COMMANDS["online"]) == set(spec.PARAMETERS)
-    assert set(MLPROJECT["entry_points"]) == {*ENTRIES, "study", "qat", *DECISIONS}
+    assert set(MLPROJECT["entry_points"]) == {*ENTRIES, "quickstart", "study", "qat", *DECISIONS}
 
 
 @pytest.mark.parametrize("entry", DECISIONS)
@@ -139,7 +139,7 @@ def test_an_entry_point_of_the_decision_is_its_command_with_the_same_defaults(en
     given = parse(
         shlex.split(command.format(**{name: one.get("default", "given") for name, one in declared.items()}))[3:]
     ).values
-    options = [part for name in required[1:] for part in (f"--{name}", "given")]
+    options = [part for name in required if name != first for part in (f"--{name}", "given")]
     alone = parse([entry, "given", *options]).values
     for name, one in declared.items():
         default = one.get("default", "given")
@@ -158,6 +158,17 @@ def test_an_entry_point_that_measures_says_where_its_journal_lies(
     measures = "--output-dir" in capsys.readouterr().out
     assert measures == ("output_dir" in MLPROJECT["entry_points"][entry]["parameters"])
     assert measures == (entry not in ("recommend", "register"))
+
+
+def test_a_quickstart_takes_its_own_options_with_their_defaults() -> None:
+    entry = MLPROJECT["entry_points"]["quickstart"]
+    defaults = {"model": "auto", "quant": "auto"}
+    defaults |= {name: spec.default_text(name) for name in ("backend", "output_dir", "rerun")}
+    assert entry["parameters"] == {name: {"type": "string", "default": text} for name, text in defaults.items()}
+    options = [f"--{name.replace('_', '-')} {{{name}}}" for name in defaults]
+    assert entry["command"] == " ".join(["python -m mlflow_llmbench quickstart", *options])
+    own = {option.argument for option in COMMANDS["quickstart"].options} - {"json", "tracking_uri", "experiment"}
+    assert own == set(defaults)
 
 
 def test_a_study_takes_what_a_run_takes_and_what_is_its_own() -> None:

@@ -28,8 +28,8 @@ HEADING, NAME, METAVAR = "bold", "cyan", "dim"
 SWEEPS = "A value with ,… takes a list, which makes a sweep: one run for each combination."
 
 EXAMPLES = (
-    "run --model opt-125m --weights random --quant bf16,int4",
-    "recommend SWEEP --max-memory 6GB --max-ttft 200ms",
+    "quickstart",
+    "recommend --max-memory 6GB --max-ttft 200ms",
 )
 """Two calls for the program's own page."""
 

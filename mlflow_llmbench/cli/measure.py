@@ -1,4 +1,4 @@
-"""Commands that measure: run, online, ab, study, calibrate, qat."""
+"""Commands that measure: quickstart, run, online, ab, study, calibrate, qat."""
 
 from __future__ import annotations
 
@@ -20,12 +20,64 @@ from .options import (
     SHARE,
     SINGLE_OPTIONS,
     TRACKING_URI,
+    WORDS,
     Option,
     checked_parameters,
     command,
+    parameter_options,
     training_options,
 )
-from .output import print_json, print_version_warnings, progress
+from .output import known, print_json, print_version_warnings, progress
+
+
+@command(
+    "quickstart",
+    "from nothing to a decision, with a small model",
+    Option(
+        "--model",
+        "preset, Hub id or local folder (default: auto, the smallest real model that can be had here)",
+        "MODEL|auto",
+        default="auto",
+    ),
+    Option(
+        "--quant",
+        "two or more quantizations (default: auto, which is bf16,int4, and q4_k_m if llama.cpp is installed)",
+        "SCHEME,…|auto",
+        default="auto",
+        words=("auto", *WORDS["quant"]),
+        listed=True,
+    ),
+    *parameter_options(("backend", "output_dir", "rerun"), lists=False),
+    JSON,
+    TRACKING_URI,
+    EXPERIMENT,
+    description="Says what it will do and what that takes, measures, and ends with the configuration to deploy and the "
+    "next commands. It works without a network. Called again, it measures what is not valid yet.",
+    examples=("quickstart", "quickstart --model gemma-3-270m --quant bf16,int8,int4"),
+    entry_point="quickstart",
+    store="later",
+)
+def quickstart(
+    model: str, quant: str, backend: str | None, output_dir: str | None, rerun: str | None, json: bool,
+    tracking_uri: str | None, experiment: str | None,
+) -> int:  # fmt: skip
+    """Measure a small model in a few configurations and print which one to deploy."""
+    options = {"backend": backend, "output_dir": output_dir, "rerun": rerun}
+    given = {name: value for name, value in options.items() if value is not None}
+    checked_parameters(given | ({"quant": quant} if quant != "auto" else {}))
+
+    from ..reports.quickstart import format_quickstart, format_quickstart_plan, quickstart_json
+    from ..workflows import quickstart
+
+    print_version_warnings()
+    prepared = quickstart.prepare(model, quant, given)
+    print(f"{format_quickstart_plan(prepared.plan)}\n", flush=True)
+    with progress() as shown:
+        done = quickstart.quickstart(prepared, tracking_uri=tracking_uri, experiment=experiment, watcher=shown)
+    print(format_quickstart(done))
+    if json:
+        print_json(quickstart_json(done))
+    return done.sweep.exit_code
 
 
 @command(
@@ -173,7 +225,7 @@ def study(
     from ..reports.sweep_result import sweep_json
     from ..workflows import study
 
-    references = _references(of)
+    references = _references(of, tracking_uri, experiment)
     prices = study.parse_prices(price or "none")
     print_version_warnings()
     with progress() as shown:
@@ -232,7 +284,7 @@ def calibrate(
     with progress() as shown:
         done = calibrate.calibrate(
             parameters,
-            of=_references(of),
+            of=_references(of, tracking_uri, experiment),
             tracking_uri=tracking_uri,
             experiment=experiment,
             watcher=shown,
@@ -285,12 +337,13 @@ def qat(json: bool, tracking_uri: str | None, experiment: str | None, **given: s
     return done.exit_code
 
 
-COMMANDS = (run, online, ab, study, calibrate, qat)
+COMMANDS = (quickstart, run, online, ab, study, calibrate, qat)
 
 
-def _references(texts: Sequence[str]) -> list[str]:
+def _references(texts: Sequence[str], tracking_uri: str | None, experiment: str | None) -> list[str]:
     """Return the references in lists such as `RUN,SWEEP`; a path that exists may contain commas. `none` is none."""
-    return [part for text in texts for part in ([text] if os.path.exists(text) else split_list(text)) if part != "none"]
+    parts = [part for text in texts for part in ([text] if os.path.exists(text) else split_list(text))]
+    return known([part for part in parts if part != "none"], tracking_uri, experiment)
 
 
 def _run(parameters: Mapping[str, object], json: bool, tracking_uri: str | None, experiment: str | None) -> int:

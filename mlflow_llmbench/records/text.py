@@ -35,6 +35,17 @@ def finite(value: object) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def rough_duration(seconds: float) -> str:
+    """Format estimated seconds, rounded up coarsely: `5 s`, `40 s`, `2 min`, `1 h 20 min`."""
+    if seconds <= 90:
+        return f"{max(-(-seconds // 5) * 5, 5):.0f} s"
+    minutes = int(-(-seconds // 60))
+    if minutes <= 90:
+        return f"{minutes} min"
+    tens = -(-minutes // 10) * 10
+    return f"{tens // 60} h {tens % 60} min" if tens % 60 else f"{tens // 60} h"
+
+
 def plural(number: int, noun: str) -> str:
     """Return a count with its noun: `1 run`, `2 runs`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

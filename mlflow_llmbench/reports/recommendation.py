@@ -86,7 +86,7 @@ def answer(found: Recommendation) -> str:
             else "there is no trusted and comparable result"
         )
         return f"Nothing is recommended for {asked}: {why}."
-    figures = ", ".join(f"{measure.label} {_shown(found.winner, measure)}" for measure in found.objectives)
+    figures = ", ".join(f"{measure.label} {shown_with_interval(found.winner, measure)}" for measure in found.objectives)
     suspect = f" It is suspect, and was accepted: {found.accepted_suspect}." if found.accepted_suspect else ""
     return f"Deploy {found.winner.name}, the best for {asked}: {figures}.{suspect}"
 
@@ -99,7 +99,7 @@ def recommendation_cells(found: Recommendation) -> tuple[list[str], list[list[st
     places |= {id(r.candidate): "as good" if r.tied else "runner-up" for r in found.runners_up}
     body = []
     for one in found.eligible:
-        shown = [_shown(one, measure) for measure in found.objectives]
+        shown = [shown_with_interval(one, measure) for measure in found.objectives]
         suspect = ", suspect" if one.verdict.word == "suspect" else ""
         body.append(
             [one.name, *shown, "yes" if id(one) in front else "", places.get(id(one), "beyond a limit") + suspect]
@@ -107,7 +107,7 @@ def recommendation_cells(found: Recommendation) -> tuple[list[str], list[list[st
     return heading, body
 
 
-def _shown(one: Candidate, measure: Measure) -> str:
+def shown_with_interval(one: Candidate, measure: Measure) -> str:
     """Format a value with its interval: `123 tokens/s (121 to 125)`."""
     key, value = measure.keys[-1], one.value(measure)
     if value is None:

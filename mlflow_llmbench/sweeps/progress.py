@@ -16,7 +16,7 @@ from typing import Protocol, TextIO
 
 from ..measure import events
 from ..measure.events import Event
-from ..records.text import short_number_text
+from ..records.text import rough_duration, short_number_text
 from ..reports.result import Row, row_text
 from .live_display import LiveDisplay, Status, cleaned
 
@@ -296,17 +296,6 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def rough_duration(seconds: float) -> str:
-    """Format estimated seconds, rounded up coarsely: `5 s`, `40 s`, `2 min`, `1 h 20 min`."""
-    if seconds <= 90:
-        return f"{max(-(-seconds // 5) * 5, 5):.0f} s"
-    minutes = int(-(-seconds // 60))
-    if minutes <= 90:
-        return f"{minutes} min"
-    tens = -(-minutes // 10) * 10
-    return f"{tens // 60} h {tens % 60} min" if tens % 60 else f"{tens // 60} h"
 
 
 class ProgressListener(Protocol):

@@ -86,7 +86,7 @@ def test_a_page_fits_the_terminal_and_its_examples_parse(name: str, capsys: pyte
 
 
 def test_the_examples_of_the_program_parse() -> None:
-    assert [parse(shlex.split(one)).command.name for one in help.EXAMPLES] == ["run", "recommend"]
+    assert [parse(shlex.split(one)).command.name for one in help.EXAMPLES] == ["quickstart", "recommend"]
 
 
 def test_every_parameter_has_a_panel() -> None:

@@ -75,6 +75,16 @@ def test_a_study_stays_with_the_projects_run(store_uri: str, tmp_path: Path) -> 
     assert "study/report.html" in {item.path for item in client.list_artifacts(parent.info.run_id, "study")}
 
 
+def test_a_quickstart_is_the_projects_run_and_keeps_its_recommendation(store_uri: str, tmp_path: Path) -> None:
+    done = mlflow_run(store_uri, tmp_path, "quickstart", backend="fake", model="fake:ttft_ms=2+itl_ms=1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    client = MlflowClient(store_uri)
+    [parent] = [run for run in client.search_runs(["0"]) if "mlflow.parentRunId" not in run.data.tags]
+    assert (parent.info.status, parent.data.params["quant"]) == ("FINISHED", "auto")
+    assert "recommendation.md" in {item.path for item in client.list_artifacts(parent.info.run_id)}
+    assert f"compare {parent.data.tags['llmbench.sweep']}" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [("quant", "int44", "Did you mean int4?"), ("batch_size", "abc", "batch_size is not a whole number: abc")],

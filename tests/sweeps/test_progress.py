@@ -30,9 +30,10 @@ from mlflow_llmbench.measure.supervise import run_worker
 from mlflow_llmbench.measure.task import WorkerJob
 from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.results import LoadInfo
+from mlflow_llmbench.records.text import rough_duration
 from mlflow_llmbench.reports.result import Row
 from mlflow_llmbench.sweeps.live_display import LiveDisplay
-from mlflow_llmbench.sweeps.progress import STAGES, WRITES_PER_S, Progress, duration, rough_duration
+from mlflow_llmbench.sweeps.progress import STAGES, WRITES_PER_S, Progress, duration
 from mlflow_llmbench.system.memory import HostMemory
 
 from ..work import calls
