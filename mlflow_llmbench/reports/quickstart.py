@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..analysis.decisions.candidates import MEMORY, Candidate, figure
-from ..analysis.decisions.recommend import GOALS, QUALITY_MEASURES, Recommendation
+from ..analysis.decisions.recommend import GOALS, QUALITY_MEASURES, Recommendation, Refused
 from ..records.cell import Cell
 from ..records.invocation import command_text
 from ..records.quantizations import SCHEMES
@@ -57,7 +57,7 @@ class QuickstartResult:
 def format_quickstart_plan(told: QuickstartPlan) -> str:
     """Return the lines that are printed before anything starts."""
     cell = told.cell
-    needs = [f"{told.disk_bytes / 1e9:.1f} GB of disk"]
+    needs = [f"{max(told.disk_bytes / 1e9, 0.1):.1f} GB of disk"]
     if told.memory_bytes is not None:
         free = "" if told.free_bytes is None else f" ({told.free_bytes / 1e9:.1f} GB are free)"
         needs.insert(0, f"{told.memory_bytes / 1e9:.1f} GB of memory{free}")
@@ -100,14 +100,21 @@ def quickstart_json(done: QuickstartResult) -> Mapping[str, Any]:
 def decision(found: Recommendation) -> str:
     """Return what to deploy and why, in few sentences, or that the results do not tell."""
     if found.winner is None:
-        reasons = [f"{one.candidate.name}: {one.why}" for one in found.refused]
-        return " ".join(["No decision: no result can be trusted.", *reasons, *found.changes])
+        return " ".join([f"No decision: {'; '.join(map(_doubt, found.refused))}.", *found.changes])
     tied = [one.candidate for one in found.runners_up if one.tied]
     if tied:
         return _tie([found.winner, *tied], found)
     others = [f"{one.candidate.name}: {one.why}" for one in found.runners_up]
-    refused = [f"{one.candidate.name}: {one.why}" for one in found.refused]
+    refused = [f"Not considered: {'; '.join(map(_doubt, found.refused))}."] if found.refused else []
     return " ".join([answer(found), *_quality([found.winner]), *others, *refused, *found.changes])
+
+
+def _doubt(one: Refused) -> str:
+    """Return in few words why a result takes no part."""
+    verdict = one.candidate.verdict
+    if one.candidate.result.failure or verdict.word == "valid":
+        return f"{one.candidate.name}: {one.why}".rstrip(".")
+    return f"{one.candidate.name} is {verdict.word} ({', '.join(reason.code for reason in verdict.reasons)})"
 
 
 def _tie(alike: Sequence[Candidate], found: Recommendation) -> str:

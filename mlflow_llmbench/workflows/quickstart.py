@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..analysis.decisions.recommend import Recommendation
 from ..backends.base import backend_class
 from ..backends.checkpoints import packaged_model, sources
 from ..config import model_shape
@@ -99,7 +100,7 @@ def prepare(model: str = AUTO, quant: str = AUTO, others: Mapping[str, str] | No
         raise UsageError(
             f"A decision needs two configurations, and there is one: quant={quant}. Give two: bf16,{quant}."
         )
-    planned, left_out = _plan(given | chosen.like), ""
+    planned, left_out = _plan({**given, **chosen.like}), ""
     if quant == AUTO and backend == DEFAULT_BACKEND:
         planned, left_out = _with_runtime(planned, given, chosen.like)
         given["quant"] = ",".join(str(one) for one in planned.spec.axes["quant"])
@@ -127,7 +128,7 @@ def quickstart(
         done = execute(planned, executor, (tracking_uri, experiment), watcher, prepared.asked)
     if done.outcome == "interrupted":
         return QuickstartResult(done, given_uri=tracking_uri, asked=prepared.asked)
-    found: list[recommend.Recommendation] = []
+    found: list[Recommendation] = []
     registration = ""
     try:
         chosen = recommend.recommend(

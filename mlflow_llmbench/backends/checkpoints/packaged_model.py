@@ -85,7 +85,7 @@ def build_folder(folder: Path) -> Path:
             raise ModelError(f"{file.name} is damaged: its SHA-256 is not {SHA256}. Install {PACKAGE} again.")
         AutoTokenizer.from_pretrained(scratch, gguf_file=file.name).save_pretrained(folder)
         packed = GgufConfig(dequantize=True)
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             scratch, gguf_file=file.name, dtype=torch.bfloat16, quantization_config=packed
         )
         if hasattr(model.config, "quantization_config"):
