@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..records.backends import backend_of, capabilities_of
-from ..records.cell import BACKEND_SPECIFIC, DEPENDS_ON, PARAMETERS, Cell, as_text, list_text
+from ..records.cell import BACKEND_SPECIFIC, DEPENDS_ON, LENGTHS, PARAMETERS, Cell, as_text, list_text
 from ..records.quantizations import CALIBRATED, MIXED
 from ..records.redaction import escape_controls, redact
 from ..records.results import ModelFacts, hash16
 from .server_command import offline_quant
-from .spec import BenchSpec, cell_fields
+from .spec import BenchSpec, asked_fields, cell_fields
 
 LOADED = (
     "model", "weights", "revision", "backend", "quant", "group_size", "quant_budget", "quant_plan", "int8_threshold",
@@ -152,13 +152,12 @@ def config_hash(cell: Cell, model: ModelFacts) -> str:
 
 def asked_params(spec: BenchSpec) -> dict[str, str]:
     """Return the requested parameters as text, each with its value or its comma list."""
-    names = cell_fields(spec.first)
     values = {
         # The last backend is the one that was asked for; `twin` adds another before it.
         name: spec.axes[name][-1:] if name == "backend" else spec.axes[name]
-        for name in names
+        for name in asked_fields(spec)
     }
-    return {name: list_text(name, values[name]) for name in names}
+    return {name: list_text(name, of) for name, of in values.items()}
 
 
 def option_params(spec: BenchSpec) -> dict[str, str]:
@@ -166,27 +165,44 @@ def option_params(spec: BenchSpec) -> dict[str, str]:
     return {name: as_text(name, value) for name, value in vars(spec.options).items()}
 
 
-def cell_name(cell: Cell, varied: list[str]) -> str:
-    """Return a run name: the varied parameters (`quant=int4 batch_size=4`), or for a single cell `opt-1.3b int4 b1`."""
-    if not varied and cell.scenario == "online":
-        load = f"trace {_last_part(cell.trace)}" if cell.trace else load_text(cell)
-        return f"{cell.model.rstrip('/').rsplit('/', 1)[-1]} online {load}"
-    if not varied and cell.batching:
-        return _named(
-            f"{_last_part(cell.model)} {cell.quant} {cell.batching} b{cell.batch_size} {cell.request_rate:g}/s"
-        )
+def cell_name(cell: Cell, varied: Sequence[str] = ()) -> str:
+    """Return a run name: the model, then what varies (`opt-125m int4 b4`).
+
+    A single cell is named by quantization, load and lengths: `opt-125m int4 b4 128+128`, `opt-125m online c2 64+32`.
+    """
     if not varied:
-        return _named(f"{_last_part(cell.model)} {cell.quant} b{cell.batch_size}")
+        quant = [] if cell.scenario == "online" and cell.quant == "none" else [cell.quant]
+        lengths = [] if cell.trace else [_lengths_text(cell)]
+        return _named(_last_part(cell.model), [*quant, *_loads(cell), *lengths])
     known = cell_fields(cell)
-    names = [name for name in varied if name in known]
+    names = [name for name in varied if name in known and name != "model"]
     names += ["batch_size"] if "concurrency" in varied and cell.scenario == "offline" else []  # a cell that `twin` adds
-    return _named(" ".join(f"{name}={_shown(name, cell)}" for name in names))
+    both = {*LENGTHS} <= {*names}
+    parts = [_lengths_text(cell) if both and name in LENGTHS else setting_text(name, cell) for name in names]
+    return _named(_last_part(cell.model), list(dict.fromkeys(parts)))
 
 
-def _shown(name: str, cell: Cell) -> str:
-    """A parameter's value in a name: the last part of a path, but a whole command."""
+def setting_text(name: str, cell: Cell) -> str:
+    """Return a parameter with its value as part of a name: `int4`, `b4`, `c2`, `5/s`, else `threads=2`."""
+    if name in ("concurrency", "request_rate"):
+        return load_text(cell)
     text = as_text(name, getattr(cell, name))
-    return redact(text) if name == "launch" else _last_part(text)
+    text = redact(text) if name == "launch" else _last_part(text)
+    return f"b{text}" if name == "batch_size" else text if name == "quant" else f"{name}={text}"
+
+
+def _loads(cell: Cell) -> list[str]:
+    """Return how a single cell is loaded, as parts of its name."""
+    if cell.scenario == "online":
+        return ["online", f"trace {_last_part(cell.trace)}" if cell.trace else load_text(cell)]
+    stream = [load_text(cell)] if cell.batching else []
+    return [*([cell.batching] if cell.batching else []), f"b{cell.batch_size}", *stream]
+
+
+def _lengths_text(cell: Cell) -> str:
+    """Short name of the lengths of prompt and output: `128+64`, or `qa+64` if they are those of the workload."""
+    prompt = _last_part(cell.workload) if cell.prompt_tokens is None else cell.prompt_tokens
+    return f"{prompt}+{cell.output_tokens}"
 
 
 def load_text(cell: Cell) -> str:
@@ -203,7 +219,7 @@ def sweep_name(spec: BenchSpec) -> str:
     """Run name of a sweep: the model and the varied parameters (`opt-125m: quant × batch_size`)."""
     models = [_last_part(str(model)) for model in spec.axes["model"]]
     rest = [name for name in spec.varied if name != "model"]
-    return _named(f"{', '.join(models[:3])}{' …' if len(models) > 3 else ''}: {' × '.join(rest) if rest else 'model'}")
+    return _cut(f"{', '.join(models[:3])}{' …' if len(models) > 3 else ''}: {' × '.join(rest) if rest else 'model'}")
 
 
 def _last_part(path: str) -> str:
@@ -211,7 +227,13 @@ def _last_part(path: str) -> str:
     return redact(path).rstrip("/").rsplit("/", 1)[-1]  # redacted first: half an address is not recognised
 
 
-def _named(text: str) -> str:
-    """Return a run name fit to be shown: without control characters, cut to the limit of MLflow's databases."""
+def _named(model: str, parts: Sequence[str]) -> str:
+    """Return a run name fit to be shown. A long model is cut, since the parts tell the runs of a sweep apart."""
+    rest = "".join(f" {part}" for part in parts)
+    return _cut(f"{_cut(model, max(LONGEST_NAME - len(escape_controls(rest)), 1))}{rest}")
+
+
+def _cut(text: str, most: int = LONGEST_NAME) -> str:
+    """Return a text without control characters, cut to a number of characters."""
     text = escape_controls(text)
-    return text if len(text) <= LONGEST_NAME else f"{text[: LONGEST_NAME - 1]}…"
+    return text if len(text) <= most else f"{text[: most - 1]}…"

@@ -8,13 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field
 from typing import Any
 
 from ..records import reading
-from ..records.backends import capabilities_of
-from ..records.cell import LENGTHS, PARAMETERS, SWEEPABLE, Cell, Options, default_text, split_list
+from ..records.backends import backend_of, capabilities_of
+from ..records.cell import (
+    BACKEND_SPECIFIC,
+    LENGTHS,
+    PARAMETERS,
+    SWEEPABLE,
+    Cell,
+    Options,
+    default_text,
+    idle_parameters,
+    split_list,
+)
 from ..records.errors import UsageError
 from ..records.reading import Unreadable
 from ..records.redaction import excerpt
@@ -60,11 +70,39 @@ COMMANDS = {
 
 def cell_fields(cell: Cell) -> list[str]:
     """Return the parameters that have a meaning for a cell. Startup settings of a foreign server are unknown."""
-    scenario = cell.scenario
+    return _meant(cell, {f.name: (getattr(cell, f.name),) for f in dataclasses.fields(Cell)}, [cell.backend])
+
+
+def asked_fields(spec: BenchSpec) -> list[str]:
+    """Return the parameters that have a meaning for any cell of a request."""
+    backends = [
+        backend_of(str(backend), str(quant)) for backend in spec.axes["backend"] for quant in spec.axes["quant"]
+    ]
+    return _meant(spec.first, spec.axes, backends)
+
+
+def _meant(first: Cell, values: Mapping[str, Collection[object]], backends: Iterable[str]) -> list[str]:
+    """Return the parameters that have a meaning for any cell of these values and backends; the first shows how it runs.
+
+    One that is not given, whose word for that is `none`, has none.
+    """
+    scenario = first.scenario
     known = {*COMMANDS["online"], "backend"} if scenario == "online" else {*COMMANDS["run"]}
-    known -= {"url"} if cell.launch else {"launch", "quant"} if cell.url else set()
-    known -= {*LENGTHS} if cell.trace else set()
-    return [f.name for f in dataclasses.fields(Cell) if f.name in known and scenario in f.metadata["scenarios"]]
+    known -= {"url"} if first.launch else {"launch", "quant"} if first.url else set()
+    known -= {*LENGTHS} if first.trace else set()
+    taken = {name for backend in backends for name in capabilities_of(backend).parameters}
+    idle = idle_parameters(values) | ({*BACKEND_SPECIFIC} - taken)
+    found = []
+    for name in (f.name for f in dataclasses.fields(Cell)):
+        about, default = PARAMETERS[name].metadata, PARAMETERS[name].default
+        says_nothing = name in idle or (default is None and about["unset"] == "none")
+        if (
+            name in known
+            and scenario in about["scenarios"]
+            and not (says_nothing and tuple(values[name]) == (default,))
+        ):
+            found.append(name)
+    return found
 
 
 @dataclass(frozen=True)

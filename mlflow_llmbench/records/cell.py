@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, fields
 from typing import Any
 
 from .backends import DEFAULT_BACKEND, backend_of
 from .parameter import Parameter
-from .quantizations import listed, schemes_with
+from .quantizations import MIXED, listed, schemes_with
 
 DRAWN = ("synthetic", "mixed")
 """Workloads without texts: prompts are drawn from the vocabulary."""
@@ -31,25 +31,28 @@ class Cell:
         "hub", "weights from the Hub or a local folder, or random ones in the architecture of a preset (seeded)",
         "weights", "model").field()
     revision: str = Parameter(
-        "main", "Hub revision; the resolved commit is logged", "text", "model", metavar="REVISION").field()
+        "main", "Hub revision; the resolved commit is logged", "text", "model", metavar="REVISION",
+        only_with="weights=hub").field()
     backend: str = Parameter(
         DEFAULT_BACKEND, "runtime that runs the model; installed packages can add others", "backend", "model").field()
     quant: str = Parameter("none", listed(), "quant", "quantization", sweep=True).field()
     group_size: int = Parameter(
         128, f"quant={','.join(schemes_with('group_size'))}: weights that share a scale", "count", "quantization",
-        metavar="WEIGHTS", low=16, high=1024).field()
+        metavar="WEIGHTS", low=16, high=1024, only_with=f"quant={','.join(schemes_with('group_size'))}").field()
     int8_threshold: float = Parameter(
         6, f"quant={','.join(schemes_with('int8_threshold'))}: compute activations beyond this magnitude in 16 bits; "
-        "0 = none", "number", "quantization", sweep=True, low=0, high=1e6, scenarios="offline batching").field()
+        "0 = none", "number", "quantization", sweep=True, low=0, high=1e6, scenarios="offline batching",
+        only_with=f"quant={','.join(schemes_with('int8_threshold'))}").field()
     double_quant: bool = Parameter(
         False, f"quant={','.join(schemes_with('double_quant'))}: quantize the block scales too", "flag", "quantization",
-        sweep=True, scenarios="offline batching").field()
+        sweep=True, scenarios="offline batching",
+        only_with=f"quant={','.join(schemes_with('double_quant'))}").field()
     quant_budget: str | None = Parameter(
         None, "quant=mixed: most memory for weights, 5.5 (bits per weight) or 300MB (the whole model)", "budget",
-        "quantization", unset="none").field()
+        "quantization", unset="none", only_with=f"quant={MIXED}").field()
     quant_plan: str | None = Parameter(
         None, "quant=mixed: quant_plan.json of an earlier run, in place of a budget", "plan_file", "quantization",
-        unset="none").field()
+        unset="none", only_with=f"quant={MIXED}").field()
     batch_size: int = Parameter(
         1, "rows in one forward pass", "count", "workload", metavar="ROWS", sweep=True, high=4096).field()
     prompt_tokens: int | None = Parameter(
@@ -71,10 +74,11 @@ class Cell:
         None, "timed runs: auto (64 or a minute, at least 20; more until the interval is narrow) or a number",
         "count", "measurement", unset="auto", high=1_000_000).field()
     max_repetitions: int = Parameter(
-        100, "most repetitions with repetitions=auto", "count", "measurement", low=5, high=1_000_000).field()
+        100, "most repetitions with repetitions=auto", "count", "measurement", low=5, high=1_000_000,
+        only_with="repetitions=auto").field()
     precision_target: float = Parameter(
         0.02, "repetitions=auto stops at this relative half-width of the 95 % interval of the throughput", "number",
-        "measurement", metavar="RATIO", low=0.0001, high=1).field()
+        "measurement", metavar="RATIO", low=0.0001, high=1, only_with="repetitions=auto").field()
     processes: int = Parameter(1, "fresh worker processes per cell", "count", "measurement", high=1000).field()
     device: str = Parameter("auto", "where the model runs", "device", "model").field()
     threads: int | None = Parameter(
@@ -100,10 +104,10 @@ class Cell:
         "a draft model)", "decode", "model", sweep=True).field()
     assistant: str | None = Parameter(
         None, "decode=assisted: draft model with the same vocabulary (preset, Hub id or local folder)", "text", "model",
-        metavar="MODEL", sweep=True, unset="none", scenarios="offline batching").field()
+        metavar="MODEL", sweep=True, unset="none", scenarios="offline batching", only_with="decode=assisted").field()
     draft_tokens: int = Parameter(
         10, "decode=prompt_lookup,assisted: most tokens proposed per step", "count", "model", metavar="TOKENS",
-        sweep=True, high=1000, scenarios="offline batching").field()
+        sweep=True, high=1000, scenarios="offline batching", only_with=f"decode={','.join(SPECULATIVE)}").field()
     seed: int = Parameter(
         0, "seed of prompts, random weights and arrival times", "count", "workload", low=0, high=2**31 - 1).field()
     batching: str | None = Parameter(
@@ -111,7 +115,7 @@ class Cell:
         unset="none", scenarios="batching").field()
     batch_wait_ms: float = Parameter(
         100, "batching=dynamic: longest time a request waits for others, ms", "number", "workload", metavar="MS", low=0,
-        high=1e9, scenarios="batching").field()
+        high=1e9, scenarios="batching", only_with="batching=dynamic").field()
     trust_remote_code: bool = Parameter(False, "run code that comes with a model; recorded", "flag", "limits").field()
     allow_pickle: bool = Parameter(
         False, "read pickled weights (.bin) if there are no safetensors; recorded", "flag", "limits").field()
@@ -126,22 +130,22 @@ class Cell:
         scenarios="online").field()
     concurrency: int = Parameter(
         1, "closed loop: users, each of whom waits for an answer before the next request", "count", "workload",
-        metavar="USERS", sweep=True, high=65536, scenarios="online").field()
+        metavar="USERS", sweep=True, high=65536, scenarios="online", only_with="request_rate=none trace=none").field()
     request_rate: float | None = Parameter(
         None, "open loop: requests per second, sent whether or not earlier ones are answered", "number", "workload",
         metavar="PER_S", sweep=True, unset="none", low=0.001, scenarios="batching online").field()
     ramp_to: float | None = Parameter(
         None, "open loop: final rate; it rises evenly from request_rate over each repetition", "number", "workload",
-        metavar="PER_S", unset="none", low=0.001, scenarios="online").field()
+        metavar="PER_S", unset="none", low=0.001, scenarios="online", only_with="request_rate").field()
     trace: str | None = Parameter(
         None, "open loop of recorded requests: JSON Lines file of timestamp (ms), input_length, output_length", "trace",
         "workload", unset="none", scenarios="online").field()
     arrival: str = Parameter(
         "poisson", "open loop: distribution of the gaps between requests", "arrival", "workload",
-        scenarios="batching online").field()
+        scenarios="batching online", only_with="request_rate").field()
     burstiness: float = Parameter(
         1, "arrival=gamma: shape; 1 = poisson, below 1 = bursts, above 1 = more even", "number", "workload", low=0.01,
-        high=1e6, scenarios="batching online").field()
+        high=1e6, scenarios="batching online", only_with="arrival=gamma").field()
     client_processes: int | None = Parameter(
         None, "processes that send requests and time answers; auto = each uses less than half its core, and the "
         "server keeps one core", "count", "server", unset="auto", high=256, scenarios="online").field()
@@ -276,12 +280,31 @@ BACKEND_SPECIFIC = tuple(name for name, f in PARAMETERS.items() if f.metadata["b
 LENGTHS = ("prompt_tokens", "output_tokens")
 """Parameters that a trace replaces."""
 
+ONLY_WITH = {
+    name: {
+        parameter: tuple(filter(None, values.split(",")))
+        for parameter, _, values in (text.partition("=") for text in texts)
+    }
+    for name, f in PARAMETERS.items()
+    if (texts := f.metadata["only_with"].split())
+}
+"""Parameter → other parameters and their values, as texts, with which it has a meaning. () stands for any but unset."""
+
 DEPENDS_ON = {
-    **{setting: ("quant", schemes_with(setting)) for setting in ("int8_threshold", "double_quant")},
-    "assistant": ("decode", ("assisted",)),
-    "draft_tokens": ("decode", SPECULATIVE),
+    name: next(iter(ONLY_WITH[name].items()))
+    for name in ("int8_threshold", "double_quant", "assistant", "draft_tokens")
 }
 """Setting → the parameter and values with which it has a meaning. Other cells have it at its default."""
+
+
+def idle_parameters(values: Mapping[str, Collection[object]]) -> set[str]:
+    """Return the parameters without a meaning for cells with these values: those of their settings, `ONLY_WITH`."""
+
+    def holds(parameter: str, texts: tuple[str, ...]) -> bool:
+        given = values[parameter]
+        return any(as_text(parameter, one) in texts if texts else one is not None for one in given)
+
+    return {name for name, conditions in ONLY_WITH.items() if not all(holds(*one) for one in conditions.items())}
 
 
 def as_text(name: str, value: object) -> str:

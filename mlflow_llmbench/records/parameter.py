@@ -26,8 +26,9 @@ class Parameter:
     `kind`: key of `parsers.PARSERS`. `panel`: key of `PANELS`, "" for a parameter of one command only. `metavar`: what
     stands for the value in the help, such as its unit, if the kind does not tell it. `sweep`: lists are allowed.
     `unset`: word for None. `low`, `high`: bounds. `scenarios`: those in which it has a meaning; other runs do not log
-    it (see `Cell.scenario`). `separator`: stands between the values of a list. `backend_specific`: only backends that
-    declare it take it.
+    it (see `Cell.scenario`). `only_with`: settings with which it has a meaning, as values of other parameters: all of
+    `quant=int4,fp4 repetitions=auto`; a name alone stands for any value but the word for None. `separator`: stands
+    between the values of a list. `backend_specific`: only backends that declare it take it.
     """
 
     default: object
@@ -40,6 +41,7 @@ class Parameter:
     low: float = 1
     high: float = 1e9
     scenarios: str = "offline batching online"
+    only_with: str = ""
     separator: str = ","
     backend_specific: bool = False
 

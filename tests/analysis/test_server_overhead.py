@@ -118,7 +118,7 @@ def test_each_cell_has_its_twin_and_two_commands_share_one() -> None:
     assert "backend" in spec.varied
     names = [cell_name(cell, spec.varied) for cell in cells]
     assert len(set(names)) == 12
-    assert names[0].startswith("backend=transformers quant=none batch_size=1")
+    assert names[0] == "opt-125m backend=transformers none b1"
 
 
 def test_the_parameters_of_a_twin_can_be_read_again() -> None:

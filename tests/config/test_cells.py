@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
-from mlflow_llmbench.config.cells import cell_name, config_hash, expand_cells, group_cells, needs_no_less, sweep_name
+from mlflow_llmbench.config.cells import (
+    asked_params,
+    cell_name,
+    config_hash,
+    expand_cells,
+    group_cells,
+    needs_no_less,
+    sweep_name,
+)
 from mlflow_llmbench.config.spec import cell_fields, parse
 from mlflow_llmbench.records.cell import Cell, as_text
 from mlflow_llmbench.records.results import ModelFacts
@@ -47,12 +56,73 @@ def test_config_hash_is_stable_and_knows_what_decides() -> None:
     assert config_hash(cell, MODEL) == config_hash(dataclasses.replace(cell, model="facebook/opt-125m"), MODEL)
 
 
-def test_names_say_what_varies() -> None:
-    cell = Cell(quant="int4", batch_size=4, prompt_tokens=None, model="/models/my-model/")
-    assert cell_name(cell, ["quant", "batch_size"]) == "quant=int4 batch_size=4"
-    assert cell_name(cell, ["model", "prompt_tokens"]) == "model=my-model prompt_tokens=auto"
-    assert cell_name(cell, []) == "my-model int4 b4"
+def test_names_say_the_model_and_what_varies() -> None:
+    cell = Cell(quant="int4", batch_size=4, prompt_tokens=64, model="/models/my-model/")
+    assert cell_name(cell, ["quant", "batch_size"]) == "my-model int4 b4"
+    assert cell_name(cell, ["model"]) == "my-model"
+    assert cell_name(cell, ["model", "quant", "prompt_tokens"]) == "my-model int4 prompt_tokens=64"
+    assert cell_name(cell, ["prompt_tokens", "output_tokens", "threads"]) == "my-model 64+128 threads=auto"
+    assert cell_name(cell, ["quant", "int8_threshold"]) == "my-model int4"
     assert sweep_name(parse({"quant": "int8,int4", "batch_size": "1,2"})) == "opt-125m: quant × batch_size"
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ({"quant": "int4", "batch_size": 4}, "opt-125m int4 b4 128+128"),
+        ({"prompt_tokens": None, "workload": "data/qa.jsonl", "output_tokens": 64}, "opt-125m none b1 qa.jsonl+64"),
+        ({"batching": "dynamic", "batch_size": 8, "request_rate": 2.5}, "opt-125m none dynamic b8 2.5/s 128+128"),
+        ({"backend": "openai", "url": "http://h", "concurrency": 2}, "opt-125m online c2 128+128"),
+        ({"backend": "openai", "launch": "serve {quant}", "quant": "q4"}, "opt-125m q4 online c1 128+128"),
+    ],
+)
+def test_a_single_cell_is_named_by_model_quantization_load_and_lengths(given: dict[str, Any], name: str) -> None:
+    assert cell_name(Cell(**given)) == name
+
+
+def test_names_that_are_cut_still_tell_cells_apart() -> None:
+    names = [cell_name(Cell(model="x" * 999, batch_size=rows), ["batch_size"]) for rows in (1, 2)]
+    assert [name[-5:] for name in names] == ["x… b1", "x… b2"] and {len(name) for name in names} == {250}
+
+
+OFFLINE = {
+    "model", "weights", "revision", "backend", "quant", "batch_size", "prompt_tokens", "output_tokens", "workload",
+    "history", "warmup", "repetitions", "max_repetitions", "precision_target", "processes", "device", "threads",
+    "attention", "kv_cache", "decode", "seed", "trust_remote_code", "allow_pickle",
+}  # fmt: skip
+ONLINE = {
+    "model", "backend", "prompt_tokens", "output_tokens", "workload", "history", "warmup", "repetitions",
+    "max_repetitions", "precision_target", "processes", "seed", "url", "endpoint", "concurrency", "client_processes",
+    "requests", "request_timeout_s",
+}  # fmt: skip
+SERVED = {"backend": "openai", "url": "http://h"}
+
+
+@pytest.mark.parametrize(
+    ("given", "fields"),
+    [
+        ({}, OFFLINE),
+        ({"weights": "random", "repetitions": 5}, OFFLINE - {"revision", "max_repetitions", "precision_target"}),
+        ({"quant": "int8"}, OFFLINE | {"int8_threshold"}),
+        ({"quant": "gptq"}, OFFLINE | {"group_size"}),
+        ({"quant": "mixed", "quant_budget": "5"}, OFFLINE | {"quant_budget"}),
+        ({"decode": "assisted", "assistant": "m"}, OFFLINE | {"assistant", "draft_tokens"}),
+        ({"backend": "llama_cpp"}, OFFLINE | {"gpu_layers", "mmap"}),
+        ({"batching": "static", "request_rate": 1.0}, OFFLINE | {"batching", "request_rate", "arrival", "requests"}),
+        (SERVED, ONLINE),
+        ({**SERVED, "request_rate": 1.0}, ONLINE - {"concurrency"} | {"request_rate", "arrival"}),
+        ({**SERVED, "request_rate": 1.0, "ramp_to": 5.0, "arrival": "gamma"},
+         ONLINE - {"concurrency"} | {"request_rate", "arrival", "ramp_to", "burstiness"}),
+        ({**SERVED, "trace": "t.jsonl"}, ONLINE - {"concurrency", "prompt_tokens", "output_tokens"} | {"trace"}),
+    ],
+)  # fmt: skip
+def test_a_cell_has_the_parameters_that_mean_something_in_it(given: dict[str, Any], fields: set[str]) -> None:
+    assert set(cell_fields(Cell(**given))) == fields
+
+
+def test_a_request_has_the_parameters_that_mean_something_in_any_of_its_cells() -> None:
+    assert {"int8_threshold", "double_quant", "mmap"} <= {*asked_params(parse({"quant": "none,int8,int4,q8_0"}))}
+    assert not {"int8_threshold", "double_quant", "mmap", "ramp_to"} & {*asked_params(parse({"quant": "bf16"}))}
 
 
 @pytest.mark.parametrize(

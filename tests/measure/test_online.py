@@ -380,7 +380,7 @@ def test_a_ramp_finds_what_the_server_can_do() -> None:
     assert "saturation/requests_per_s" not in summarize(fast)
     assert codes(fast) == set()
     assert not [p for p in series(result(*TWO_USERS)) if "ramp" in p.key]
-    assert cell_name(slow.cell, []) == "m online 1..100/s"
+    assert cell_name(slow.cell, []) == "m online 1..100/s 10+4"
 
 
 def test_records_come_back_from_json_as_they_were() -> None:
@@ -396,8 +396,8 @@ def test_what_only_a_server_has_does_not_change_the_identity_of_other_cells() ->
     assert config_hash(CELL, facts) != config_hash(dataclasses.replace(CELL, concurrency=7), facts)
     assert config_hash(CELL, facts) == config_hash(dataclasses.replace(CELL, slo_ttft_ms=7.0), facts)
     assert (Cell().scenario, CELL.scenario) == ("offline", "online")
-    assert cell_name(CELL, []) == "m online c2"
-    assert cell_name(dataclasses.replace(CELL, concurrency=1, request_rate=2.5), []) == "m online 2.5/s"
+    assert cell_name(CELL, []) == "m online c2 10+4"
+    assert cell_name(dataclasses.replace(CELL, concurrency=1, request_rate=2.5), []) == "m online 2.5/s 10+4"
 
 
 MODEL = "null:ttft_ms=10+itl_ms=3"

@@ -289,9 +289,9 @@ def test_errors_are_one_line_without_secrets_however_they_are_cut(monkeypatch: p
 
 
 def test_names_of_runs_are_cut_and_harmless(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cell_name(Cell(model="https://user:pa/ss@host/m"), []) == "m none b1"
-    assert cell_name(Cell(model="https://user:pa/ss@host"), []) == "***@host none b1"
-    assert cell_name(Cell(model="a\x1b[31m\u202eb"), []) == r"a\x1b[31m\u202eb none b1"
+    assert cell_name(Cell(model="https://user:pa/ss@host/m"), []) == "m none b1 128+128"
+    assert cell_name(Cell(model="https://user:pa/ss@host"), []) == "***@host none b1 128+128"
+    assert cell_name(Cell(model="a\x1b[31m\u202eb"), []) == r"a\x1b[31m\u202eb none b1 128+128"
     assert len(cell_name(Cell(model="x" * 999), [])) == 250
 
 

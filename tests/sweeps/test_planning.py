@@ -168,7 +168,7 @@ def test_a_search_extends_the_plan_by_a_cell_of_the_same_load() -> None:
     assert after.cells[:1] == before.cells and after.groups == (after.cells,)
     assert after.spec.axes["request_rate"] == (1.0, 2.0)
     new = after.cells[1]
-    assert (origin.name, new.name) == ("request_rate=1", "request_rate=2")
+    assert (origin.name, new.name) == ("m 1/s", "m 2/s")
     assert new == dataclasses.replace(
         plan(parse(asked | {"find": "goodput", "request_rate": "2"}), before.machine, model=facts).cells[0]
     )
