@@ -75,14 +75,17 @@ test-newest:
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict mlflow_llmbench
+	$(BIN)/mypy --strict mlflow_llmbench tests/typed_calls.py
 
-# Write the pages of docs/reference again, from the tables and declarations in the code.
+# Write again what is generated from the tables and declarations in the code: docs/reference, the types of parameters.
 reference: $(INSTALLED)
+	mkdir -p build
 	$(BIN)/python -c 'from mlflow_llmbench.reports.schemes import schemes_markdown as page; print(page(), end="")' > docs/reference/schemes.md
 	$(BIN)/python -c 'from mlflow_llmbench.reports.metrics import metrics_markdown as page; print(page(), end="")' > docs/reference/metrics.md
 	for page in parameters commands errors; do $(BIN)/python -c "from mlflow_llmbench.cli.reference import $${page}_markdown as page; \
 		print(page(), end='')" > docs/reference/$$page.md || exit; done
+	$(BIN)/python -c 'from mlflow_llmbench.cli.reference import parameter_types as module; print(module(), end="")' > build/types.py
+	mv build/types.py mlflow_llmbench/config/parameter_types.py
 
 # The documentation as a site in build/site/docs. A link to a page or heading that does not exist is an error.
 docs: $(INSTALLED)

@@ -22,13 +22,13 @@ from .records.errors import LlmbenchError
 if TYPE_CHECKING:
     from .analysis.summary import summarize
     from .analysis.verdict import judge
-    from .sweeps.sweep import SweepResult
     from .tracking.load_results import load_results
     from .workflows.calibrate import calibrate
     from .workflows.compare import compare
     from .workflows.gate import gate
     from .workflows.recommend import recommend
     from .workflows.reproduce import reproduce
+    from .workflows.run import online, run
     from .workflows.scaling import scaling
     from .workflows.versions import export, promote, register
 
@@ -60,25 +60,15 @@ _MODULES = {
     "load_results": "tracking.load_results",
     "summarize": "analysis.summary",
     "export": "workflows.versions",
+    "online": "workflows.run",
     "promote": "workflows.versions",
     "register": "workflows.versions",
-    **{name: f"workflows.{name}" for name in ("calibrate", "compare", "gate", "recommend", "reproduce", "scaling")},
+    **{
+        name: f"workflows.{name}"
+        for name in ("calibrate", "compare", "gate", "recommend", "reproduce", "run", "scaling")
+    },
 }
 """Public function → its module, which is imported when the name is used first."""
-
-
-def run(**parameters: Any) -> SweepResult:
-    """Measure one configuration, or a sweep; see `mlflow_llmbench.sweeps.sweep.run` for the parameters and errors."""
-    from .sweeps import sweep
-
-    return sweep.run(**parameters)
-
-
-def online(**parameters: Any) -> SweepResult:
-    """Measure a model behind an OpenAI-compatible server, with the parameters of `run`."""
-    from .records.backends import SERVER_BACKEND
-
-    return run(**{"backend": SERVER_BACKEND, **parameters})
 
 
 def __getattr__(name: str) -> Any:

@@ -130,7 +130,7 @@ def test_public_import_paths_stay() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.stdout.split() == [
-        "mlflow_llmbench",
+        "mlflow_llmbench.workflows.run",
         "mlflow_llmbench.workflows.in_process",
         "mlflow_llmbench.backends.fake",
         "mlflow_llmbench.cli.main",

@@ -28,8 +28,8 @@ PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(enco
 MLPROJECT: dict[str, Any] = yaml.safe_load((ROOT / "MLproject").read_text(encoding="utf-8"))
 CONDA: dict[str, Any] = yaml.safe_load((ROOT / "conda.yaml").read_text(encoding="utf-8"))
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
-DISTRIBUTIONS = {"yaml": "PyYAML", "pynvml": "nvidia-ml-py"}
-"""Import names that differ from the name of the distribution."""
+DISTRIBUTIONS = {"yaml": "PyYAML", "pynvml": "nvidia-ml-py", "IPython": "ipykernel"}
+"""Import names that differ from the name of the distribution, or of the one that brings it."""
 
 
 def requirements() -> list[Requirement]:

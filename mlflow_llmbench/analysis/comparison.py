@@ -16,10 +16,12 @@ interval and the p value of a ratio can disagree at the edge, because the interv
 from __future__ import annotations
 
 import dataclasses
+import html
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 from ..records import invocation
 from ..records.calibration import Calibration
@@ -36,6 +38,9 @@ from .process_noise import ASSUMPTION, ProcessNoise, noise_of
 from .repetitions import PER_REPETITION, process_count, unit_values
 from .summary import summarize
 from .verdict import judge
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 SIGNIFICANCE = 0.05
 """A metric differs if its p value after Holm is below this: false alarms in at most 5 % of comparisons, all metrics."""
@@ -124,6 +129,20 @@ class Comparison:
     def memory(self) -> Effect | None:
         """Peak memory: of the device if both results have it, else needed host memory."""
         return self.effect(DEVICE_PEAK) or self.effect(HOST_PEAK)
+
+    def to_pandas(self) -> DataFrame:
+        """Return a data frame with a line for each metric, by MLflow key: both figures, ratio, interval, p, effect."""
+        from pandas import DataFrame
+
+        names = ("a", "b", "ratio", "low", "high", "p_holm", "effect")
+        lines = [[getattr(effect, name) for name in names] for effect in self.effects]
+        return DataFrame(lines, columns=names, index=[effect.key for effect in self.effects])
+
+    def __repr__(self) -> str:
+        return f"<Comparison of {self.name_b} with {self.name_a}: {sentence(self)}>"
+
+    def _repr_html_(self) -> str:
+        return f"<p><b>{html.escape(sentence(self))}</b></p>{self.to_pandas().to_html(float_format='{:.4g}'.format)}"
 
 
 COMPARED = shown_in(Compared)

@@ -1,12 +1,15 @@
-"""Reference pages of the documentation, from the declarations: parameters, commands, errors."""
+"""What is generated from the declarations: reference pages (parameters, commands, errors) and types of parameters."""
 
 from __future__ import annotations
 
+import json
 import re
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import Field
 from typing import Any
 
+from ..config.choices import CHOICES, QUALITIES
 from ..config.spec import COMMANDS as PARAMETERS_OF
 from ..config.training import TRAINING
 from ..records.cell import PARAMETERS, as_text
@@ -35,6 +38,22 @@ FEW = 3
 
 OF_PARAMETERS = {*RUN_OPTIONS, *ONLINE_OPTIONS, *SINGLE_OPTIONS, *training_options()}
 """Options that are generated from a parameter."""
+
+TYPES = {"count": ["int"], "number": ["float"], "flag": ["bool"], "size": ["int", "str"], "budget": ["float", "str"]}
+"""Kind of a parameter → its types, unless it is a choice, a path or a text."""
+
+PATHS = ("interpreter", "plan_file", "text", "text_file", "trace", "workload")
+"""Kinds of parameters that may be paths."""
+
+TYPES_HEAD = '''\
+"""Types of the keyword arguments of `run` and `online`, generated from the declarations by `make reference`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import Literal, TypedDict
+'''
 
 NAMES = {*PARAMETERS, *TRAINING}
 _SETTING = re.compile(rf"\b(?:{'|'.join(sorted(NAMES))})=[^\s:;()]*[^\s:;().,]")
@@ -115,6 +134,44 @@ sweep raises nothing: its run ends with an outcome, the tag `llmbench.outcome`, 
 
 {table}
 """
+
+
+def parameter_types() -> str:
+    """Return the module `mlflow_llmbench/config/parameter_types.py`."""
+    run, online = (PARAMETERS_OF[command] for command in ("run", "online"))
+    classes = {
+        "SharedParameters(TypedDict, total=False)": ("`run` and `online`", [name for name in run if name in online]),
+        "RunParameters(SharedParameters, total=False)": ("`run`", [name for name in run if name not in online]),
+        "OnlineParameters(SharedParameters, total=False)": ("`online`", [name for name in online if name not in run]),
+    }
+    bodies = [
+        f'class {head}:\n    """Parameters of {who}."""\n\n' + "\n".join(map(_typed, names))
+        for head, (who, names) in classes.items()
+    ]
+    return "\n\n".join([TYPES_HEAD, *bodies])
+
+
+def _typed(name: str) -> str:
+    """Return the declaration of a key of a typed dictionary, with its meaning below."""
+    told = f'"""{PARAMETERS[name].metadata["help"]}"""'
+    return f"    {name}: {_type(name)}\n" + textwrap.indent("\n".join(textwrap.wrap(told, 116)), "    ") + "\n"
+
+
+def _type(name: str) -> str:
+    """Return the type of a parameter in Python. A list, or a text with commas, makes a sweep where that is allowed."""
+    declared, about = PARAMETERS[name], PARAMETERS[name].metadata
+    words = QUALITIES.values() if about["kind"] == "quality" else CHOICES.get(about["kind"], ())
+    if words and not about["sweep"]:
+        types = [f"Literal[{', '.join(json.dumps(word) for word in dict.fromkeys(words))}]"]
+    else:
+        types = TYPES.get(about["kind"], ["str", "PathLike[str]"] if about["kind"] in PATHS else ["str"])
+    if about["sweep"]:
+        types = [*types, "str", f"Sequence[{' | '.join(dict.fromkeys([*types, 'str']))}]"]
+    if about["unset"] == "none" and declared.default is None:
+        types = [*types, "None"]
+    elif about["unset"]:
+        types = [*types, *([] if "str" in types else [f'Literal["{about["unset"]}"]'])]
+    return " | ".join(dict.fromkeys(types))
 
 
 def _parameter_table(names: Iterable[str]) -> str:

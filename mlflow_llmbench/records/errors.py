@@ -51,6 +51,10 @@ class LlmbenchError(Exception):
             text = f"{text[: LONGEST_MESSAGE // 2]} … {text[-LONGEST_MESSAGE // 2 :]}"
         super().__init__(text)
 
+    def _render_traceback_(self) -> list[str]:
+        """Return what IPython shows: the message, without the frames of this package."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class UsageError(LlmbenchError):
     """A parameter is wrong; nothing was started."""

@@ -414,6 +414,10 @@ class RunResult:
     # Rules of the verdict on the machine and the client. Files of versions before they were recorded have the first.
     rules: int = field(default=RULES, metadata={"absent": FIRST_RULES})
 
+    def __repr__(self) -> str:
+        what = f"{self.cell.model} {self.cell.quant} b{self.cell.batch_size}"
+        return f"<RunResult {what}: {self.outcome}, {len(self.repetitions)} repetitions, sweep {self.sweep or 'none'}>"
+
 
 HASH_DIGITS = 16
 

@@ -8,7 +8,7 @@ not in the file. Templates escape every value; a name that they lack is an error
 from __future__ import annotations
 
 import base64
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -42,8 +42,19 @@ def sweep_page(told: Overview, charts: Mapping[str, bytes]) -> str:
     )
 
 
+def cells(
+    headline: str, table: Table, states: Sequence[str], notes: Sequence[str], link: str = "", last: str = "verdict"
+) -> str:
+    """Return cells as a part of a page, for the output of a notebook. `last` is the heading of the states.
+
+    `link` is the address of their page in the MLflow UI, "" if there is none.
+    """
+    values = {"headline": headline, "table": table, "states": states, "notes": notes, "link": link, "last": last}
+    return page("cells.html.j2", **values)
+
+
 def page(template: str, **values: object) -> str:
-    """Return a page made from a template. Every page has a `title` and a `headline`."""
+    """Return a page, or a part of one, made from a template. Every page has a `title` and a `headline`."""
     return _environment().get_template(template).render(version=__version__, **values)
 
 
@@ -69,6 +80,7 @@ def _environment() -> Environment:
         "data_url": _data_url,
         "heads": _heads,
         "marked": _marked,
+        "side": lambda kind: "right" if "number" in kind.split() else "left",
         "state_class": _state_class,
     }
     return environment

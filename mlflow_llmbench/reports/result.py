@@ -18,6 +18,7 @@ from ..analysis.quality import sentences
 from ..analysis.repetitions import process_count, requests
 from ..analysis.summary import Turn, gpu_of, statistics, summarize, turns_of
 from ..analysis.verdict import judge, unsupported_percentiles
+from ..config.cells import cell_name
 from ..config.spec import cell_fields
 from ..records.cell import PARAMETERS, Cell, as_text, default_text, list_text
 from ..records.environment import GPU_SOFTWARE, QUOTA, quota_text
@@ -67,6 +68,9 @@ class Row:
     def state(self) -> str:
         """The verdict of a measured cell (`valid`, `suspect` or `invalid`), else the outcome."""
         return self.verdict.word if self.verdict and self.outcome == "ok" else self.outcome
+
+    def __repr__(self) -> str:
+        return f"<Row {cell_name(self.cell, [])}: {row_text(self)}>"
 
 
 def row_of(result: RunResult) -> Row:

@@ -155,7 +155,7 @@ def leaders(rows: Sequence[Row], key: str) -> list[Row]:
     of the throughput's intervals, if that is more. Only measured cells whose verdict is not invalid count, and none
     whose tokens came in bursts.
     """
-    ranked = _ranked(rows, key)
+    ranked = ranking(rows, key)
     if not ranked or KEYS[key].tolerance is None:
         return []
     best = ranked[0]
@@ -163,7 +163,7 @@ def leaders(rows: Sequence[Row], key: str) -> list[Row]:
     return alike if len(alike) < len(ranked) else []
 
 
-def _ranked(rows: Sequence[Row], key: str) -> list[Row]:
+def ranking(rows: Sequence[Row], key: str) -> list[Row]:
     """Return the cells that can be called best, the best value of a metric first."""
     trusted = [
         row
@@ -185,7 +185,7 @@ def best_figures(rows: Sequence[Row], varied: Sequence[str]) -> tuple[dict[str, 
     memory = [key for key in PEAK_MEMORY if any(key in row.metrics for row in rows)][:1]
     figures, tags = {}, {}
     for key in (OUTPUT_RATE.key(), TTFT.key("p50"), ITL.key("p50"), *memory):
-        if ranked := _ranked(rows, key):
+        if ranked := ranking(rows, key):
             name = key.partition("/")[2]
             figures[f"best/{name}"], tags[f"best_{name}"] = ranked[0].metrics[key], _called(ranked[0], varied)
     tags["cells"] = ", ".join(f"{count} {state}" for state, count in Counter(row.state for row in rows).most_common())

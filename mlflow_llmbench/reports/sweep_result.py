@@ -10,10 +10,12 @@ from typing import Any
 from ..records.invocation import command_text
 from ..records.redaction import redact
 from .result import Row, format_table
+from .result_set import ResultSet
+from .sweep import headline
 
 
 @dataclass(frozen=True)
-class SweepResult:
+class SweepResult(ResultSet):
     """Result of a command.
 
     `run_ids` are in the order of the planned cells, "" where a cell has no run. `parent_id` is None for a single cell.
@@ -38,9 +40,24 @@ class SweepResult:
         """Exit code: 0 if every cell was measured or skipped and all was uploaded, 130 if interrupted, else 1."""
         return 130 if self.outcome == "interrupted" else int(self.outcome != "ok" or bool(self.not_uploaded))
 
+    @property
+    def address(self) -> str:
+        """Address of its page in the MLflow UI, "" if the store is a database without a server."""
+        return f"{self.ui}/{self.page}" if self.ui.startswith(("http://", "https://")) else ""
+
     def table(self) -> str:
         """Return the comparison as text."""
         return format_table(self.rows, self.varied)
+
+    def __repr__(self) -> str:
+        folder = self.folder.relative_to(Path.cwd()) if self.folder.is_relative_to(Path.cwd()) else self.folder
+        return f"<SweepResult in {folder}: {headline(self.rows, self.varied)}>"
+
+    def _line(self, number: int, known: set[str]) -> dict[str, Any]:
+        return super()._line(number, known) | {"run_id": self.run_ids[number] or None}
+
+    def _more_lines(self) -> list[str]:
+        return [*self.sentences, *format_locations(self).splitlines()]
 
 
 def format_sweep_result(result: SweepResult) -> str:
@@ -52,8 +69,8 @@ def format_locations(result: SweepResult) -> str:
     """Return the lines that say where the results are and how to open them."""
     name = "comparison" if result.parent_id else "run"
     lines = [f"Results: {result.folder}", *(f"Not uploaded: {line}" for line in dict.fromkeys(result.not_uploaded))]
-    if result.ui.startswith("http"):
-        lines.append(f"Open the {name}: {result.ui}/{result.page}")
+    if result.address:
+        lines.append(f"Open the {name}: {result.address}")
     else:
         lines += [f"Open the {name}: {result.ui}", f"then http://127.0.0.1:5000/{result.page}"]
     if result.not_uploaded:

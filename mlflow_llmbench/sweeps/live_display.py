@@ -45,7 +45,7 @@ class LiveDisplay:
 
     def draw(self, status: Status) -> None:
         """Draw the block anew."""
-        self._try(lambda live: live.update(_block(status, live.console.width - 1), refresh=True))
+        self._try(lambda live: live.update(block(status, live.console.width - 1), refresh=True))
 
     def note(self, text: str, mark: str = "") -> None:
         """Write a line that stays above the block; `mark` is a style of rich for its first word."""
@@ -86,7 +86,8 @@ def _started(stream: TextIO) -> Live:
     return live
 
 
-def _block(status: Status, room: int) -> RenderableType:
+def block(status: Status, room: int) -> RenderableType:
+    """Return the two lines of a status, `room` columns wide."""
     from rich.console import Group
     from rich.progress_bar import ProgressBar
     from rich.table import Table

@@ -1,16 +1,20 @@
-"""Progress of a sweep on a text stream: cell of how many, stage, speed, finished rows, and the time left.
+"""Progress of a sweep: cell of how many, stage, speed, finished rows, and the time left.
 
-It has no thread and no timer: it works in its calls only, which come between timed regions. On a terminal, two lines
-are redrawn (`live_display`), at most four times a second, and for repetitions at most once a second. Elsewhere (CI, the
-log of an MLflow run) each change of stage gets a plain line, and repetitions get none.
+It has no thread and no timer: it works in its calls only, which come between timed regions. On a terminal
+(`live_display`) and in a notebook (`notebook_display`), two lines are redrawn, at most four times a second, and for
+repetitions at most once a second. Elsewhere (CI, the log of an MLflow run) each change of stage gets a plain line, and
+repetitions get none.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 import time
+import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from statistics import fmean
 from typing import Protocol, TextIO
 
@@ -19,6 +23,7 @@ from ..measure.events import Event
 from ..records.text import rough_duration, short_number_text
 from ..reports.result import Row, row_text
 from .live_display import LiveDisplay, Status, cleaned
+from .notebook_display import NotebookDisplay, in_notebook
 
 WRITES_PER_S = 4
 """Most draws of a terminal in any second."""
@@ -55,12 +60,16 @@ class Progress:
     """
 
     def __init__(
-        self, stream: TextIO, clock: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time
+        self,
+        stream: TextIO,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+        notebook: NotebookDisplay | None = None,
     ) -> None:
         self.stream: TextIO | None = stream
         self.clock, self.wall = clock, wall
         is_terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
-        self.live = LiveDisplay(stream) if is_terminal else None
+        self.live = notebook or (LiveDisplay(stream) if is_terminal else None)
         self.draws: deque[float] = deque(maxlen=WRITES_PER_S)
         self.start(0)
 
@@ -318,6 +327,25 @@ class ProgressListener(Protocol):
 
     def finish(self) -> None:
         """End: nothing more comes."""
+
+
+@contextlib.contextmanager
+def listening(progress: bool | ProgressListener | None) -> Iterator[ProgressListener | None]:
+    """Yield the listener of a function that is called from Python. None: show progress in notebooks only."""
+    if not isinstance(progress, bool | None):
+        yield progress
+        return
+    notebook = NotebookDisplay() if progress is not False and in_notebook() else None
+    if not (progress or notebook):
+        yield None
+        return
+    shown = Progress(sys.stderr, notebook=notebook)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "IProgress not found")  # tqdm misses widgets, which nothing here needs
+        try:
+            yield shown
+        finally:
+            shown.finish()
 
 
 class NullListener:

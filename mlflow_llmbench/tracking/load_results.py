@@ -11,17 +11,19 @@ from pathlib import Path
 from ..measure.journal import read_result
 from ..records.errors import JournalError, NotComparable, TrackingError
 from ..records.results import RunResult
+from ..reports.result_set import Results
 from .search import RUN_REFERENCE, cells_of_run, cells_of_sweep, download_result, source_of
 from .store import open_store
 
 SWEEP_ID = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{6}")
 
 
-def load_results(reference: str | os.PathLike[str], tracking_uri: str | None = None) -> list[RunResult]:
+def load_results(reference: str | os.PathLike[str], tracking_uri: str | None = None) -> Results:
     """Load results from a journal folder (of a cell or a sweep), a run id, `runs:/<id>`, or a sweep's name.
 
-    The parent run of a sweep gives the results of its cells. Raises JournalError or TrackingError, with a one-line
-    message that says what was looked for, and NotComparable for an imported run.
+    The parent run of a sweep gives the results of its cells. The list has `to_pandas()` and `best("throughput")`, and a
+    notebook shows it as a table. Raises JournalError or TrackingError, with a one-line message that says what was
+    looked for, and NotComparable for an imported run.
     """
     reference = os.fspath(reference)
     folder = Path(reference)
@@ -36,7 +38,7 @@ def load_results(reference: str | os.PathLike[str], tracking_uri: str | None = N
                 f"The folder {reference} holds no result. "
                 "Give the folder that `llmbench run` printed, or that of a cell in it."
             )
-        return [read_result(file.parent) for file in found]
+        return Results(read_result(file.parent) for file in found)
     run = RUN_REFERENCE.fullmatch(reference)
     if run is None and not SWEEP_ID.fullmatch(reference):
         raise JournalError(
@@ -55,9 +57,9 @@ def load_results(reference: str | os.PathLike[str], tracking_uri: str | None = N
             f"{reference} is not in the store {store.uri}, or holds no measured cell. Check --tracking-uri."
         )
     with tempfile.TemporaryDirectory() as scratch:
-        return [read_result(download_result(store, run_id, Path(scratch) / run_id)) for run_id in ids]
+        return Results(read_result(download_result(store, run_id, Path(scratch) / run_id)) for run_id in ids)
 
 
-def load_all(references: Iterable[str], tracking_uri: str | None = None) -> list[RunResult]:
+def load_all(references: Iterable[str | os.PathLike[str]], tracking_uri: str | None = None) -> list[RunResult]:
     """Load the results of several references, in their order. See `load_results`."""
     return [result for reference in references for result in load_results(reference, tracking_uri)]

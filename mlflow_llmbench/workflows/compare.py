@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 
 from ..analysis import comparison as comparison_analysis
 from ..analysis.comparability import ALLOWABLE
@@ -23,7 +23,7 @@ def compare(
     b: RunResult | str | os.PathLike[str],
     *,
     noise: float = 0.01,
-    allow: frozenset[str] = frozenset(),
+    allow: Set[str] = frozenset(),
     paired: bool = False,
     calibrations: Sequence[Calibration] | None = None,
     tracking_uri: str | None = None,

@@ -28,7 +28,7 @@ from ..records.errors import UsageError
 from ..records.results import ModelFacts
 from ..sweeps.callback_executor import CallbackExecutor
 from ..sweeps.planning import plan
-from ..sweeps.progress import ProgressListener
+from ..sweeps.progress import ProgressListener, listening
 from ..sweeps.run_recorder import Destination
 from ..sweeps.sweep import SweepResult, execute
 from ..system import machine
@@ -45,9 +45,13 @@ class Bench:
     """Object that `measure` yields: `run` measures a function. `result` is None until then."""
 
     def __init__(
-        self, spec: BenchSpec, executor: CallbackExecutor, destination: Destination, watcher: ProgressListener | None
+        self,
+        spec: BenchSpec,
+        executor: CallbackExecutor,
+        destination: Destination,
+        progress: bool | ProgressListener | None,
     ) -> None:
-        self.spec, self.executor, self.destination, self.watcher = spec, executor, destination, watcher
+        self.spec, self.executor, self.destination, self.progress = spec, executor, destination, progress
         self.result: SweepResult | None = None
 
     def run(self, generate: Generate) -> SweepResult:
@@ -57,7 +61,8 @@ class Bench:
         self.executor.function = generate
         facts = ModelFacts(str(self.spec.axes["model"][0]), "none", "", str(self.spec.axes["revision"][0]))
         planned = plan(self.spec, self.executor.machine, model=facts, vocab_size=self.executor.vocab_size)
-        self.result = execute(planned, self.executor, self.destination, self.watcher)
+        with listening(self.progress) as listener:
+            self.result = execute(planned, self.executor, self.destination, listener)
         return self.result
 
 
@@ -69,14 +74,14 @@ def measure(
     vocab_size: int = 32_000,
     tracking_uri: str | None = None,
     experiment: str | None = None,
-    watcher: ProgressListener | None = None,
+    progress: bool | ProgressListener | None = None,
     **parameters: object,
 ) -> Iterator[Bench]:
     """Check parameters and store before you load your model, and yield a `Bench` whose `run` measures.
 
     `parameters` are the ones of `llmbench run` that are in `PARAMETERS`; lists make a sweep. `encode` (text → ids) is
-    needed for workloads with texts; randomly drawn prompts have ids below `vocab_size`. Raises LlmbenchError for an
-    error found here, UsageError at the end if nothing was measured.
+    needed for workloads with texts; randomly drawn prompts have ids below `vocab_size`. `progress` is as in `run`.
+    Raises LlmbenchError for an error found here, UsageError at the end if nothing was measured.
     """
     if "," in model:
         raise UsageError(f"model is a name for one function, but it has a comma: {model}. Give one name.")
@@ -92,7 +97,7 @@ def measure(
         )
     device = machine.require_device(str(spec.axes["device"][0]))
     open_store(tracking_uri, experiment)
-    bench = Bench(spec, CallbackExecutor(device, encode, vocab_size), (tracking_uri, experiment), watcher)
+    bench = Bench(spec, CallbackExecutor(device, encode, vocab_size), (tracking_uri, experiment), progress)
     yield bench
     if bench.result is None:
         raise UsageError("Nothing was measured: bench.run(generate) was not called.")

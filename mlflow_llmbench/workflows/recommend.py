@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..analysis.decisions import recommend as analysis
 from ..analysis.decisions.candidates import Limit
 from ..analysis.decisions.deployment import Evidence, refusal_to_register
 from ..analysis.decisions.recommend import Recommendation
 from ..records.invocation import command_text
-from ..reports import artifacts
+from ..reports import artifacts, html
+from ..reports.recommendation import answer, recommendation_cells
+from ..reports.tables import Table
 from ..system import calibrations
 from ..tracking import registry
 from ..tracking.load_results import load_all
 from ..tracking.store import Store, open_store
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 @dataclass(frozen=True)
@@ -51,14 +58,33 @@ class Recommended:
         """How to register the winner, or why that is refused; "" without a winner."""
         return f"Register the winner: {self.registration}" if self.registration else self.refusal or ""
 
+    def to_pandas(self) -> DataFrame:
+        """Return a data frame with a line for each candidate that can be trusted, by name: its measures and rank."""
+        from pandas import DataFrame
+
+        heading, body = recommendation_cells(self.found)
+        values = [[one.value(measure) for measure in self.found.objectives] for one in self.found.eligible]
+        lines = [[*own, *told[-2:]] for own, told in zip(values, body, strict=True)]
+        columns = [*heading[1:-1], "rank"]
+        return DataFrame(lines, columns=columns, index=[one.name for one in self.found.eligible])
+
+    def __repr__(self) -> str:
+        return f"<Recommended: {answer(self.found)}>"
+
+    def _repr_html_(self) -> str:
+        heading, body = recommendation_cells(self.found)
+        table = Table(tuple(heading[:-1]), tuple(tuple(line[:-1]) for line in body))
+        notes = [*self.found.cautions, *self.found.changes, *filter(None, [self.offer])]
+        return html.cells(answer(self.found), table, [line[-1] for line in body], notes, last="rank")
+
 
 def recommend(
-    references: Sequence[str],
+    references: Sequence[str | os.PathLike[str]],
     goal: str = "throughput",
     limits: Sequence[Limit] = (),
     *,
     accept_suspect: str | None = None,
-    allow: frozenset[str] = frozenset(),
+    allow: Set[str] = frozenset(),
     output: str | None = None,
     tracking_uri: str | None = None,
     own: str | None = None,
@@ -73,7 +99,7 @@ def recommend(
     """
     results = load_all(references, tracking_uri)
     found = analysis.recommend(
-        results, goal, limits, accept_suspect=accept_suspect, allow=allow, calibrations=calibrations.kept()
+        results, goal, limits, accept_suspect=accept_suspect, allow=frozenset(allow), calibrations=calibrations.kept()
     )
     on_result(found)
     sweep = (found.winner.result if found.winner else results[0]).sweep

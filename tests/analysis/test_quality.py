@@ -379,7 +379,9 @@ def test_a_backend_without_logits_says_so_and_has_no_figure(store_uri: str) -> N
     said: list[str] = []
     watcher = sweep.NullListener()
     watcher.note = said.append  # type: ignore[method-assign]
-    done = run(model="fake:ttft_ms=2", backend="fake", batch_size="1,2", attention="auto,sdpa", watcher=watcher, **FAST)
+    done = run(
+        model="fake:ttft_ms=2", backend="fake", batch_size="1,2", attention="auto,sdpa", progress=watcher, **FAST
+    )
     assert said == ["Quality is not measured with backend=fake, which gives no logits."]
     [result, *_] = results_of(done).values()
     assert result.outcome == "ok"

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from mlflow_llmbench.cli.main import COMMANDS
-from mlflow_llmbench.cli.reference import commands_markdown, errors_markdown, parameters_markdown
+from mlflow_llmbench.cli.reference import commands_markdown, errors_markdown, parameter_types, parameters_markdown
+from mlflow_llmbench.config import parameter_types as types
 from mlflow_llmbench.config.training import TRAINING
 from mlflow_llmbench.records import errors
 from mlflow_llmbench.records.cell import PARAMETERS
@@ -21,6 +22,10 @@ PAGES = {"parameters": parameters_markdown, "commands": commands_markdown, "erro
 def test_a_page_is_what_the_declarations_generate(name: str) -> None:
     written = (REFERENCE / f"{name}.md").read_text(encoding="utf-8")
     assert written == PAGES[name](), f"docs/reference/{name}.md differs from the declarations: make reference"
+
+
+def test_the_types_of_parameters_are_what_the_declarations_generate() -> None:
+    assert Path(types.__file__).read_text(encoding="utf-8") == parameter_types(), "they differ: make reference"
 
 
 @pytest.mark.parametrize("page", PAGES.values())

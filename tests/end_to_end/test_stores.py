@@ -242,7 +242,7 @@ def test_a_server_killed_in_the_middle_of_an_upload(
 def test_a_server_killed_between_two_cells_and_brought_back_has_everything(servers: Stores, store_uri: str) -> None:
     with Proxy(servers.plain.address) as proxy:
         killing = Killing(servers.plain, proxy, "PUT artifacts", 2)
-        done = sweep(proxy.address, "back", batch_size="1,2,3", watcher=At(CellBegun, 2, killing.bring_back))
+        done = sweep(proxy.address, "back", batch_size="1,2,3", progress=At(CellBegun, 2, killing.bring_back))
     assert (done.outcome, done.not_uploaded, done.exit_code) == ("ok", (), 0)
     assert states(servers.plain, "back") == ["FINISHED"] * 4
     upload(str(done.folder), store_uri)
@@ -301,7 +301,7 @@ def test_a_slow_store_gets_everything_and_nothing_is_sent_while_a_cell_is_timed(
     seen: list[int] = []
     with Proxy(servers.plain.address, delay_s=0.4) as proxy:
         look = At(CellBegun, 2, lambda: seen.append(sum(proxy.requests.values()) - proxy.requests["GET health"]))
-        done = sweep(proxy.address, "slow", batch_size="1,2,3", watcher=look)
+        done = sweep(proxy.address, "slow", batch_size="1,2,3", progress=look)
         times = list(proxy.times)
         assert (done.exit_code, done.not_uploaded) == (0, ())
         assert seen == [5]  # the experiment: asked for, made and read · the parent's run · the first cell's

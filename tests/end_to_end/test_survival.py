@@ -50,10 +50,12 @@ def runs(uri: str) -> dict[str, Run]:
 
 
 def states(uri: str) -> dict[str, tuple[str, str | None]]:
-    """Run name → status and outcome."""
-    return {
-        str(one.info.run_name): (one.info.status, one.data.tags.get("llmbench.outcome")) for one in runs(uri).values()
-    }
+    """Run name without its model → status and outcome."""
+    return {without_model(one): (one.info.status, one.data.tags.get("llmbench.outcome")) for one in runs(uri).values()}
+
+
+def without_model(run: Run) -> str:
+    return str(run.info.run_name).partition(" ")[2]
 
 
 def until(condition: Callable[[], object], seconds: float = 200) -> None:
@@ -106,20 +108,15 @@ def test_an_interrupted_sweep_keeps_what_was_measured_and_ends_every_run(
     until(lambda: first_cell_is_measured(tmp_path))
     [worker] = workers(process.pid)
     (os.killpg if whom == "group" else os.kill)(process.pid, getattr(signal, how))
-    until(
-        lambda: (
-            "RUNNING"
-            not in {one.info.status for one in runs(store_uri).values() if one.info.run_name != "batch_size=2"}
-        )
-    )
+    until(lambda: "RUNNING" not in {one.info.status for one in runs(store_uri).values() if without_model(one) != "b2"})
     output, errors = process.communicate(timeout=200)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     assert not alive(worker)
     assert states(store_uri) == {
-        "batch_size=2": ("FINISHED", "ok"),
-        "batch_size=1": ("KILLED", "interrupted"),
-        f"{HANG}: batch_size": ("KILLED", None),
+        "b2": ("FINISHED", "ok"),
+        "b1": ("KILLED", "interrupted"),
+        "batch_size": ("KILLED", None),
     }
     assert "interrupted" in output
 
@@ -182,11 +179,11 @@ def test_a_killed_sweep_is_ended_at_the_next_start_and_nothing_measured_is_lost(
     assert other.outcome == "ok"
     mine = {name: state for name, state in states(store_uri).items() if "ttft_ms=1 " not in name}
     assert mine == {
-        "batch_size=2": ("FINISHED", "ok"),
-        "batch_size=1": ("FAILED", "crashed"),
-        f"{HANG}: batch_size": ("FAILED", None),
+        "b2": ("FINISHED", "ok"),
+        "b1": ("FAILED", "crashed"),
+        "batch_size": ("FAILED", None),
     }
-    kept = next(one for one in runs(store_uri).values() if one.info.run_name == "batch_size=2")
+    kept = next(one for one in runs(store_uri).values() if without_model(one) == "b2")
     assert kept.data.metrics["trust/repetitions"] == 5
     assert kept.data.metrics["memory/host_rss_gb_peak"] > 0
     before = states(store_uri)
@@ -205,7 +202,7 @@ def test_a_killed_sweep_is_uploaded_by_name_too(store_uri: str, store_template: 
     shutil.copy(store_template, tmp_path / "elsewhere.db")
     elsewhere = f"sqlite:///{tmp_path}/elsewhere.db"
     assert upload(str(folder), elsewhere).new == 3
-    assert states(elsewhere)["batch_size=2"] == ("FINISHED", "ok")
+    assert states(elsewhere)["b2"] == ("FINISHED", "ok")
     at_home = upload(str(folder), store_uri)
     assert at_home.new + at_home.completed == 3
     assert "RUNNING" not in {status for status, _ in states(store_uri).values()}
@@ -235,7 +232,7 @@ def test_leaving_through_sys_exit_ends_every_run(store_uri: str, tmp_path: Path)
         "import sys\nfrom mlflow_llmbench import run\nfrom mlflow_llmbench.sweeps.progress import NullListener\n"
         "from mlflow_llmbench.measure.events import RepetitionEnded\nclass Leaving(NullListener):\n"
         "    def event(self, event):\n        if isinstance(event, RepetitionEnded): sys.exit(3)\n"
-        f"run(model='fake:', batch_size='1,2', watcher=Leaving(), tracking_uri={store_uri!r}, **{CELL!r})\n"
+        f"run(model='fake:', batch_size='1,2', progress=Leaving(), tracking_uri={store_uri!r}, **{CELL!r})\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -305,7 +302,7 @@ def test_cells_that_need_no_less_than_a_failed_one_are_skipped(store_uri: str) -
     result = fake("ttft_ms=1+itl_ms=1+fail=oom+above_batch=2", batch_size="1,4", threads="1,2")
     by_cell = {(row.cell.threads, row.cell.batch_size): row.outcome for row in result.rows}
     assert by_cell == {(1, 1): "ok", (1, 4): "oom", (2, 1): "ok", (2, 4): "skipped"}
-    assert states(store_uri)["batch_size=4 threads=2"] == ("KILLED", "skipped")
+    assert states(store_uri)["b4 threads=2"] == ("KILLED", "skipped")
     skipped = "Not tried: batch_size=4 with 4 + 6 tokens ended with oom, and this cell needs at least as much."
     assert skipped in result.table()
     assert result.exit_code == 1

@@ -52,14 +52,14 @@ class At(NullListener):
 
 
 def measure(watcher: NullListener, **parameters: Any) -> SweepResult:
-    return run(**{**CELL, "model": "fake:ttft_ms=1+itl_ms=1", **parameters}, watcher=watcher)
+    return run(**{**CELL, "model": "fake:ttft_ms=1+itl_ms=1", **parameters}, progress=watcher)
 
 
 def children(uri: str) -> dict[str, Run]:
-    """The runs of the cells by their names."""
+    """The runs of the cells by their names, without the model."""
     client = MlflowClient(uri)
     found = client.search_runs([one.experiment_id for one in client.search_experiments()])
-    return {str(one.info.run_name): one for one in found if "llmbench.cell" in one.data.tags}
+    return {str(one.info.run_name).partition(" ")[2]: one for one in found if "llmbench.cell" in one.data.tags}
 
 
 def kept() -> list[RunResult]:
@@ -80,9 +80,7 @@ def test_results_and_figures_are_there_while_a_later_cell_is_measured(store_uri:
     assert sorted(one["cell"]["batch_size"] for one in seen["files"]) == [2, 3]
     assert all(one["incomplete"] and not one["timeline"] for one in seen["files"])
     early, whole = seen["runs"], children(store_uri)
-    assert {name: one.info.status for name, one in early.items()} == dict.fromkeys(
-        ("batch_size=2", "batch_size=3"), "RUNNING"
-    )
+    assert {name: one.info.status for name, one in early.items()} == dict.fromkeys(("b2", "b3"), "RUNNING")
     for name, one in early.items():
         assert one.data.metrics["trust/repetitions"] == 5
         assert "come with the end of the group" in one.data.tags["mlflow.note.content"]
@@ -131,7 +129,7 @@ def test_what_a_killed_command_has_kept_between_cells_is_completed(
     result = journal.read_result(early)
     assert result.incomplete is None and result.timeline
     outcomes = {name: one.data.tags["llmbench.outcome"] for name, one in children(elsewhere).items()}
-    assert outcomes == {"batch_size=2": "ok", "batch_size=1": "crashed"}
+    assert outcomes == {"b2": "ok", "b1": "crashed"}
 
 
 @pytest.mark.parametrize("where", ["the next cell", "the upload"])
@@ -145,7 +143,7 @@ def test_an_interruption_leaves_whole_what_was_kept_between_cells(
         monkeypatch.setattr(tracked, "upload_figures", interrupt)
     done = measure(At(CellBegun, 1, interrupt), batch_size="1,2")
     assert done.outcome == "interrupted"
-    first = children(store_uri)["batch_size=2"]
+    first = children(store_uri)["b2"]
     assert (first.info.status, first.data.tags["llmbench.outcome"]) == ("FINISHED", "ok")
     assert first.data.metrics["trust/repetitions"] == 5
     assert [one.incomplete for one in kept() if one.outcome == "ok"] == [None]
@@ -158,7 +156,7 @@ def test_an_error_of_our_own_leaves_whole_what_was_kept_between_cells(store_uri:
     with pytest.raises(RuntimeError, match="a bug"):
         measure(At(CellBegun, 1, fail), batch_size="1,2")
     found = {name: (one.info.status, one.data.tags["llmbench.outcome"]) for name, one in children(store_uri).items()}
-    assert found == {"batch_size=2": ("FINISHED", "ok"), "batch_size=1": ("FAILED", "error")}
+    assert found == {"b2": ("FINISHED", "ok"), "b1": ("FAILED", "error")}
     assert [one.incomplete for one in kept()] == [None, None]
 
 
@@ -177,7 +175,7 @@ def test_a_store_that_is_not_quick_gets_the_later_cells_at_the_end(
         )
 
     done = measure(At(CellBegun, 2, look), batch_size="1,2,3")
-    assert (seen["files"], seen["runs"]) == (2, {"batch_size=3"})
+    assert (seen["files"], seen["runs"]) == (2, {"b3"})
     assert done.exit_code == 0 and len(done.run_ids) == 3
     assert {one.data.tags["llmbench.uploaded"] for one in children(store_uri).values()} == {"true"}
 

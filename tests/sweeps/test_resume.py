@@ -77,7 +77,7 @@ def measured_here(folder: Path) -> int:
 
 
 def test_finished_processes_are_kept_told_and_continued(store_uri: str) -> None:
-    stopped = fake(watcher=Stopping(3))
+    stopped = fake(progress=Stopping(3))
     assert (stopped.outcome, stopped.exit_code, measured_here(stopped.folder)) == ("interrupted", 130, 2)
     [row] = stopped.rows
     assert "It was measured in 2 of 3 processes, which are kept." in row.message
@@ -89,7 +89,7 @@ def test_finished_processes_are_kept_told_and_continued(store_uri: str) -> None:
     assert found.data.metrics["trust/repetitions"] == 10
 
     listener = Stopping(99)
-    whole = fake(watcher=listener)
+    whole = fake(progress=listener)
     assert (whole.outcome, measured_here(whole.folder)) == ("ok", 1)
     assert any("2 of 3 processes were measured before" in note for note in listener.notes)
     [result] = results(whole.folder)
@@ -103,8 +103,8 @@ def test_finished_processes_are_kept_told_and_continued(store_uri: str) -> None:
 
 
 def test_a_continued_cell_can_be_stopped_and_continued_again_and_rerun_measures_all(store_uri: str) -> None:
-    assert fake(watcher=Stopping(2)).outcome == "interrupted"
-    second = fake(watcher=Stopping(2))
+    assert fake(progress=Stopping(2)).outcome == "interrupted"
+    second = fake(progress=Stopping(2))
     assert [processes(one) for one in results(second.folder)] == [[0] * 5 + [1] * 5]
     third = fake()
     assert [processes(one) for one in results(third.folder)] == [[0] * 5 + [1] * 5 + [2] * 5]
@@ -115,7 +115,7 @@ def test_a_continued_cell_can_be_stopped_and_continued_again_and_rerun_measures_
 
 def test_the_folders_alone_are_enough_to_continue(store_uri: str, store_template: Path, tmp_path: Path) -> None:
     """Another store knows nothing of the earlier commands: their folders beside the new one are all there is."""
-    stopped = fake(watcher=Stopping(3))
+    stopped = fake(progress=Stopping(3))
     [kept] = results(stopped.folder)
     whole = fake(tracking_uri=empty_store(store_template, tmp_path / "second"))
     [result] = results(whole.folder)
@@ -127,7 +127,7 @@ def test_the_folders_alone_are_enough_to_continue(store_uri: str, store_template
 
 def test_each_cell_of_a_sweep_goes_on_where_it_stopped(store_uri: str) -> None:
     """Two cells in one load: the command is stopped in its second process, when that turns to the second cell."""
-    stopped = fake(batch_size="1,2", watcher=Stopping(4))
+    stopped = fake(batch_size="1,2", progress=Stopping(4))
     assert sorted(one.message.split("measured in ")[-1][:6] for one in stopped.rows) == ["1 of 3", "2 of 3"]
     whole = fake(batch_size="1,2")
     assert whole.outcome == "ok" and measured_here(whole.folder) == 3
@@ -144,7 +144,7 @@ def test_a_failure_in_a_later_process_keeps_the_earlier_ones(store_uri: str) -> 
                 for child in memory.descendants(os.getpid()):
                     os.kill(child, signal.SIGKILL)
 
-    result = fake(watcher=Failing())
+    result = fake(progress=Failing())
     [row] = result.rows
     assert row.outcome == "oom" and "measured in 2 of 3 processes" in row.message
     assert [processes(one) for one in results(result.folder)] == [[0] * 5 + [1] * 5]
@@ -167,7 +167,7 @@ class Killing(NullListener):
         if self.begun == {begun}:
             os.kill(os.getpid(), signal.SIGKILL)
 
-run(watcher=Killing(), **{parameters!r})
+run(progress=Killing(), **{parameters!r})
 """
 
 
@@ -265,7 +265,7 @@ def test_a_store_that_keeps_failing_is_not_tried_for_each_sweep_of_before(
 
     def notes() -> list[str]:
         listener = Stopping(-1)
-        fake(rerun=True, processes=1, watcher=listener)
+        fake(rerun=True, processes=1, progress=listener)
         return [note for note in listener.notes if " sweep " in note]
 
     with monkeypatch.context() as patch:
