@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import nbformat
-from nbclient import NotebookClient
+import pytest
+
+nbformat = pytest.importorskip("nbformat", reason="needs the extra dev: nbclient and ipykernel")
+nbclient = pytest.importorskip("nbclient", reason="needs the extra dev: nbclient and ipykernel")
 
 FILE = Path(__file__).parents[2] / "examples" / "notebook.ipynb"
 FAKE = (
@@ -21,7 +23,7 @@ def outputs(notebook: Any) -> list[Any]:
 
 
 def executed(notebook: Any, folder: Path) -> Any:
-    return NotebookClient(notebook, timeout=280, resources={"metadata": {"path": str(folder)}}).execute()
+    return nbclient.NotebookClient(notebook, timeout=280, resources={"metadata": {"path": str(folder)}}).execute()
 
 
 def test_the_committed_outputs_are_whole_and_name_no_place_of_a_machine() -> None:

@@ -19,10 +19,10 @@ from mlflow_llmbench.reports.sweep_result import SweepResult
 
 from ..results import made, write_sweep
 
-RATE, TTFT, PEAK = "throughput/output_tokens_per_s", "latency/ttft_ms_p50", "memory/host_needed_bytes_peak"
+RATE, TTFT, PEAK = "throughput/output_tokens_per_s", "latency/ttft_ms_p50", "memory/host_needed_gb_peak"
 
 
-def row(quant: str, rate: float, word: str = "valid", model: str = "opt-125m", memory: float = 2e9) -> Row:
+def row(quant: str, rate: float, word: str = "valid", model: str = "opt-125m", memory: float = 2.0) -> Row:
     reasons = (Reason("contended", "Others took <b>time</b>."),) if word == "suspect" else ()
     return Row(
         Cell(model=model, quant=quant), "ok", {RATE: rate, TTFT: 1000 / rate, PEAK: memory}, Verdict(word, reasons)
@@ -38,7 +38,7 @@ def result(*rows: Row, **given: Any) -> SweepResult:
     return dataclasses.replace(found, **given)
 
 
-THREE = result(row("bf16", 20), row("int8", 900, "invalid"), row("int4", 40, "suspect", memory=1e9))
+THREE = result(row("bf16", 20), row("int8", 900, "invalid"), row("int4", 40, "suspect", memory=1.0))
 
 
 class Texts(HTMLParser):
