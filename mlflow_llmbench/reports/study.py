@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..analysis.decisions.candidates import MEMORY, Candidate, figure, interval
-from ..analysis.scaling.cells import MEDIAN_TTFT
+from ..analysis.decisions.recommend import GOALS, QUALITY_MEASURES
+from ..analysis.scaling.cells import MEDIAN_TTFT, varied_settings
 from ..analysis.scaling.choices import Choice
+from ..analysis.scaling.deployment import Deployment
 from ..analysis.scaling.findings import Findings
 from ..analysis.scaling.focus import at_focus
 from ..analysis.scaling.paper_claims import CONFIRMED, NOT_CONFIRMED, UNSAID, Claim
@@ -24,7 +26,7 @@ from .charts.catalogue import charts_of
 from .escaping import markdown
 from .html import page
 from .recommendation import answer
-from .result import environment_facts
+from .result import command, environment_facts, row_of, table_cells
 from .scaling import METHOD, law_cells, scaling_sections
 from .sweep import chart_name
 from .tables import Table, markdown_table
@@ -33,6 +35,9 @@ MOST_LINES, MOST_GROUPS = 10, 6
 """Most sentences under one heading, and most groups of cells of one law, in the report; scaling.md has all."""
 
 CLAIM_HEADING = ("the paper says", "its range", "measured here")
+DEPLOYMENT_HEADING = (
+    "constraint", "deploy", "tokens/s", "TTFT ms", "ms per token", "peak memory", "best of another model", "quality",
+)  # fmt: skip
 CHOICE_HEADING = ("model", "constraint", "deploy", "tokens/s", "TTFT ms", "ms per token", "peak memory", "note")
 
 
@@ -84,6 +89,7 @@ def sections(found: Findings, drawn: Drawn) -> list[Section]:
     )
     rest = tuple((title, _cut(lines)) for title, lines in laws.items() if title != "Laws")
     told = [
+        _deployments(found),
         Section("Findings", groups=tuple(found.sentences.items())),
         Section(
             "The paper's claims",
@@ -92,7 +98,7 @@ def sections(found: Findings, drawn: Drawn) -> list[Section]:
             verdicts=tuple((claim.verdict, claim.why) for claim in found.claims),
         ),
         Section(
-            "Recommendations",
+            "Choices by model",
             _choices_lead(found),
             choices_table(found.choices) if found.choices else None,
             groups=_cautions(found.choices),
@@ -119,6 +125,7 @@ def sections(found: Findings, drawn: Drawn) -> list[Section]:
                 ("Cells left out", left_out),
             ),
         ),
+        Section("All cells", table=_cells(found)),
         Section("Environment", groups=environment),
     ]
     return [one for one in told if one.lead or one.table or one.figures or any(lines for _, lines in one.groups)]
@@ -193,6 +200,79 @@ def _claims_lead(claims: Sequence[Claim]) -> str:
 def claims_table(claims: Sequence[Claim]) -> Table:
     """Return the table of the paper's claims and measured values."""
     return Table(CLAIM_HEADING, tuple((claim.said, claim.range, claim.measured) for claim in claims))
+
+
+def _deployments(found: Findings) -> Section:
+    """Return the first section: which configuration to deploy under each constraint, across the models."""
+    shape = f"prompts of {found.focus.prompt:g} tokens on {found.focus.machine.name}"
+    lead = (
+        f"For {shape}. Within a limit the largest model that keeps it counts, with its configuration of the most "
+        "tokens. Each figure is measured; the interval is the 95 % interval of the mean."
+    )
+    if not found.deployments:
+        return Section("What to deploy", f"No configuration can be recommended for {shape}: none is valid.")
+    cautions = {c: None for one in found.deployments for c in one.found.cautions}
+    groups = (
+        ("Not measurably slower than the choice", tuple(_ties(one) for one in found.deployments if _ties(one))),
+        ("Looked better and was left out", _left_out(found.deployments)),
+        ("Intervals that cross a limit", tuple(cautions)),
+    )
+    return Section("What to deploy", lead, deployments_table(found.deployments), groups=groups)
+
+
+def deployments_table(rows: Sequence[Deployment]) -> Table:
+    """Return the table of the answers across models, with their quality if it was measured."""
+    body = []
+    for one in rows:
+        winner = one.found.winner
+        assert winner
+        second = "–" if one.second is None else f"{one.second.name} ({_goal_text(one.second, one)})"
+        body.append([one.constraint, winner.name, *_figures(winner), second, _quality(winner)])
+    shown = len(DEPLOYMENT_HEADING) - all(line[-1] == "–" for line in body)
+    return Table(DEPLOYMENT_HEADING[:shown], tuple(tuple(line[:shown]) for line in body), frozenset(range(2, 6)))
+
+
+def _goal_text(one: Candidate, of: Deployment) -> str:
+    target = GOALS[of.found.goal]
+    return figure(target.keys[-1], one.value(target) or 0.0)
+
+
+def _quality(one: Candidate) -> str:
+    """Return what the quantization costs, if it was measured."""
+    found = [(measure, one.value(measure)) for measure in QUALITY_MEASURES.values()]
+    shown = [f"{measure.label} {figure(measure.keys[-1], value)}" for measure, value in found if value is not None]
+    return ", ".join(shown) or "–"
+
+
+def _ties(one: Deployment) -> str:
+    names = [runner.candidate.name for runner in one.found.runners_up if runner.tied]
+    return f"{one.constraint}: {', '.join(names)}." if names else ""
+
+
+def _left_out(rows: Sequence[Deployment]) -> tuple[str, ...]:
+    """Say which configurations would have been chosen under which constraints, why not, and what settles it."""
+    found: dict[int, list[Deployment]] = {}
+    for row in rows:
+        if row.better:
+            found.setdefault(id(row.better.candidate), []).append(row)
+    lines = []
+    for own in found.values():
+        better, winner = own[0].better, own[0].found.winner
+        assert better and winner
+        gain = f"{GOALS[own[0].found.goal].label} {_goal_text(better.candidate, own[0])}"
+        lines.append(
+            f"{better.candidate.name}, under {' and '.join(one.constraint for one in own)}: {gain} instead of "
+            f"{_goal_text(winner, own[0])} of {winner.name}, but {better.why}. To settle it, measure it again: "
+            f"{command(better.candidate.result.cell)} --rerun true"
+        )
+    return tuple(lines)
+
+
+def _cells(found: Findings) -> Table:
+    """Return the table of all results of the study, with their verdicts."""
+    rows = [row_of(result) for result in found.results]
+    heading, body = table_cells(rows, varied_settings([result.cell for result in found.results]))
+    return Table(tuple(heading), tuple(map(tuple, body)))
 
 
 def _choices_lead(found: Findings) -> str:
@@ -315,6 +395,11 @@ def format_study(found: Findings) -> str:
     Laws and figures are only in the files.
     """
     blocks = [headline(found)]
+    if found.deployments:
+        lines = deployments_table(found.deployments).body
+        deploy = [f"- {line[0]}: {line[1]} ({line[2]} tokens/s, {line[5]})" for line in lines]
+        deploy += [f"- Left out: {line}" for line in _left_out(found.deployments)]
+        blocks.append("\n".join(["What to deploy:", *deploy]))
     blocks += ["\n".join([f"{title}:", *(f"- {line}" for line in lines)]) for title, lines in found.sentences.items()]
     claims = [
         f"- {c.said} ({c.range}): {c.verdict}. {c.why if c.measured == '–' else f'{c.measured}.'}" for c in found.claims
@@ -325,7 +410,7 @@ def format_study(found: Findings) -> str:
         blocks.append(
             "\n".join(
                 [
-                    "Recommendations:",
+                    "Choices by model:",
                     *(f"- {line[0]}, {line[1]}: {line[2]} ({line[3]} tokens/s)" for line in table.body),
                 ]
             )
@@ -365,6 +450,15 @@ def study_json(found: Findings, missing: Sequence[tuple[str, str]]) -> dict[str,
                 "answer": answer(c.found),
             }
             for c in found.choices
+        ],
+        "deployments": [
+            {
+                "constraint": one.constraint,
+                "winner": one.found.winner and _chosen(one.found.winner),
+                "next_best_model": one.second and _chosen(one.second),
+                "left_out": one.better and {**_chosen(one.better.candidate), "why": one.better.why},
+            }
+            for one in found.deployments
         ],
         "across_machines": to_json(found.across),
         "not_said": [{"what": what, "why": why} for what, why in found.not_said],

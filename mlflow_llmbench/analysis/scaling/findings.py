@@ -17,6 +17,7 @@ from ..decisions.dominance import Judge
 from ..summary import hardware_name
 from .cells import Measured, models_text, select_usable
 from .choices import Choice, choices_by_model
+from .deployment import Deployment, deployments
 from .finding_sentences import (
     Across,
     compare_machines,
@@ -48,6 +49,7 @@ class Findings:
     sentences: Mapping[str, tuple[str, ...]]
     claims: tuple[Claim, ...]
     choices: tuple[Choice, ...]
+    deployments: tuple[Deployment, ...]
     across: tuple[Across, ...]
     not_said: tuple[tuple[str, str], ...]
 
@@ -74,7 +76,8 @@ def find(
     machines = find_machines(cells)
     focus = choose_focus(cells, machines)
     effects = tuple(quant_effects(cells))
-    choices = tuple(choices_by_model(focus, accept_suspect, Judge(calibrations=tuple(calibrations))))
+    judge = Judge(calibrations=tuple(calibrations))
+    choices = tuple(choices_by_model(focus, accept_suspect, judge))
     across = tuple(compare_machines(cells, machines))
     not_said: list[tuple[str, str]] = []
     sentences = {
@@ -102,6 +105,7 @@ def find(
         shown,
         claims,
         choices,
+        deployments(results, focus, accept_suspect, judge),
         across,
         tuple(not_said),
     )

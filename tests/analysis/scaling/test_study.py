@@ -186,6 +186,68 @@ def test_suspect_cells_are_recommended_only_when_that_is_accepted() -> None:
     assert all(choice.found.winner for choice in find(unsteady, accept_suspect="a busy machine").choices)
 
 
+def test_each_limit_has_the_largest_model_that_keeps_it(found: Findings) -> None:
+    """Rows by hand: TTFT 20 + 300·size·batch, TPOT 5 + 40·size + batch/2, in ms, divided by the speed."""
+    rows = {one.constraint: one for one in found.deployments}
+    assert [constraint.partition(" ≤ ")[0] for constraint in rows] == [
+        "memory",
+        *["first token"] * 3,
+        "many users, each token within 50 ms",
+        "any model: the most tokens",
+        "any model: the soonest whole answer",
+    ]
+    chosen = {constraint: one.found.winner and one.found.winner.name for constraint, one in rows.items()}
+    assert chosen["memory ≤ 0.5 GB"] == "pythia-160m bf16 batch 16"
+    assert chosen["first token ≤ 50 ms"] == "pythia-70m bf16 batch 1"  # 41 ms; 57.5 and 68 for the others
+    assert chosen["first token ≤ 100 ms"] == "pythia-160m bf16 batch 1"
+    assert chosen["any model: the most tokens"] == "pythia-70m bf16 batch 16"
+    second = rows["first token ≤ 100 ms"].second
+    assert second and second.name == "pythia-70m bf16 batch 1"
+    assert not any(one.better for one in rows.values())
+
+
+def test_a_better_cell_that_was_left_out_is_named_with_what_would_settle_it(tmp_path: Path) -> None:
+    """The fastest cell of the largest model is suspect, and the only one of a model that is larger still invalid."""
+    suspect = [
+        dataclasses.replace(one, steady=False) if (one.cell.quant, one.cell.batch_size) == ("bf16", 16) else one
+        for one in grid(["opt-125m"], ["bf16", "int8"])
+    ]
+    found = find(suspect)
+    [most] = [one for one in found.deployments if one.constraint == "any model: the most tokens"]
+    assert most.found.winner and most.found.winner.name == "int8 batch 16"
+    assert most.better and (most.better.candidate.name, most.better.why) == ("bf16 batch 16", "suspect (not_steady)")
+    artifacts.write_study(found, tmp_path)
+    text = unescape((tmp_path / "study" / "report.md").read_text()).replace("\\", "")
+    assert text.index("## What to deploy") < text.index("## Findings")
+    assert "bf16 batch 16, under " in text
+    assert "of int8 batch 16, but suspect (not_steady). To settle it, measure it again: llmbench run --model" in text
+    cells = text[text.index("## All cells") :]
+    assert cells.count("| suspect") == 3 and cells.count("| valid") == 15
+    accepted = find(suspect, accept_suspect="a busy machine").deployments
+    assert not any(one.better for one in accepted)
+    assert find([dataclasses.replace(one, steady=False) for one in suspect]).deployments == ()
+    larger = dataclasses.replace(measured("gemma-3-270m", "int8", 16), steady=False)
+    rows = {one.constraint: one for one in find([*suspect, larger]).deployments}
+    budget = rows["memory ≤ 0.5 GB"]
+    assert budget.better and budget.better.candidate.result.cell.model == "gemma-3-270m"
+
+
+def test_budgets_are_rows_while_their_answers_differ() -> None:
+    def of(budget: float, model: str, quant: str) -> RunResult:
+        one = measured(model, quant)
+        return dataclasses.replace(one, memory=MemoryStages({}, {"peak": int(budget * 1e9)}))
+
+    cells = [of(5, "gemma-3-270m", "bf16"), of(3, "gemma-3-270m", "int8"), of(1.5, "opt-125m", "bf16")]
+    found = find([*cells, of(0.9, "opt-125m", "int8")])
+    memory = {one.constraint: one.found.winner for one in found.deployments if one.constraint.startswith("memory")}
+    assert {constraint: winner and winner.name for constraint, winner in memory.items()} == {
+        "memory ≤ 1 GB": "opt-125m int8",
+        "memory ≤ 2 GB": "opt-125m bf16",
+        "memory ≤ 4 GB": "gemma-3-270m int8",
+        "memory ≤ 8 GB": "gemma-3-270m bf16",
+    }
+
+
 def with_setting(one: RunResult, started_ms: int, **settings: Any) -> RunResult:
     return dataclasses.replace(one, cell=dataclasses.replace(one.cell, **settings), started_ms=started_ms)
 

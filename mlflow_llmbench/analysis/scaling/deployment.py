@@ -1,0 +1,170 @@
+"""Answer constraints across the models of a study: the largest model that keeps a limit, and the best of any model.
+
+The rows are those of the recommendation table of EffiLLM (NB & NB, 2024, section 6.1): memory budgets, first token,
+many users, cost, energy, quality. Within a limit a larger model counts as the better one, since speed across models
+always prefers the smallest; rows of `any model` name that too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from ...records.results import RunResult
+from ..decisions.candidates import MEMORY, Candidate, Limit, Measure, bound_text, candidates
+from ..decisions.dominance import Judge, gain
+from ..decisions.recommend import GOALS, QUALITY_MEASURES, Recommendation, choose
+from .choices import TPOT_MEASURE, TTFT_MEASURE
+from .focus import Focus
+
+BUDGETS_GB = (0.5, 1, 2, 4, 8, 16, 24, 80)
+FIRST_TOKEN_MS = (50, 100, 200, 500, 1000, 2000, 5000, 10_000)
+PER_TOKEN_MS = (50, 100, 200, 500, 1000)
+"""Bounds that rows are made of. 200 ms a token is about the speed at which people read."""
+
+MOST_ROWS = 3
+"""Most rows of one kind of limit on time, those with different answers."""
+
+ACROSS = frozenset(["workload"])
+"""Kinds of differences between models: their tokenizers make other ids of one workload."""
+
+
+@dataclass(frozen=True)
+class Better:
+    """A configuration that would have been chosen and was left out, and why: its verdict with codes, or its failure."""
+
+    candidate: Candidate
+    why: str
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """The answer to one constraint: the recommendation among the models it names, and what was left out for no fault.
+
+    `second`: the best of the candidates that are not the winner and not of its model, if there is another model.
+    """
+
+    constraint: str
+    found: Recommendation
+    second: Candidate | None = None
+    better: Better | None = None
+
+
+def deployments(
+    results: Sequence[RunResult], focus: Focus, accept_suspect: str | None, judge: Judge
+) -> tuple[Deployment, ...]:
+    """Answer each constraint from all results at the focus's machine, prompt length and other settings.
+
+    Constraints that nothing keeps, or that have the answer of a row before them, are left out.
+    """
+    shape = focus.cells[0].cell
+    given = candidates(
+        [
+            one
+            for one in results
+            if one.hashes.env == focus.machine.env
+            and (one.cell.prompt_tokens or focus.prompt) == focus.prompt
+            and (one.cell.output_tokens, one.cell.batching) == (shape.output_tokens, shape.batching)
+        ]
+    )
+    return tuple(_Answers(given, accept_suspect, judge).rows())
+
+
+def parameters_of(one: Candidate) -> float:
+    """Number of parameters of a candidate's model, 0 if it is unknown."""
+    return float(one.result.load.facts.get("model.parameters") or 0) if one.result.load else 0.0
+
+
+class _Answers:
+    """The candidates of a study and the rule of choosing among them."""
+
+    def __init__(self, given: Sequence[Candidate], accept_suspect: str | None, judge: Judge) -> None:
+        self.given, self.accept_suspect, self.judge = given, accept_suspect, judge
+        sizes = {one.result.cell.model: parameters_of(one) for one in given}
+        self.models = sorted(sizes, key=lambda model: (-sizes[model], model))
+
+    def rows(self) -> Iterator[Deployment]:
+        yield from self._limited("memory", MEMORY, BUDGETS_GB, "memory ≤ {}", len(BUDGETS_GB))
+        yield from self._limited("time to first token", TTFT_MEASURE, FIRST_TOKEN_MS, "first token ≤ {}", MOST_ROWS)
+        yield from self._limited(
+            "time per token", TPOT_MEASURE, PER_TOKEN_MS, "many users, each token within {}", MOST_ROWS
+        )
+        measure = QUALITY_MEASURES["kl"]
+        if bound := self._quality_bound(measure):
+            row = self._row(f"{measure.label} ≤ {bound_text(measure, bound)}", (Limit("kl", measure, bound),))
+            yield from [row] if row else []
+        whole = [("any model: the most tokens", "throughput"), ("any model: the soonest whole answer", "latency")]
+        whole += [("any model: the lowest cost", "cost"), ("any model: the lowest energy", "energy")]
+        for words, goal in whole:
+            if any(one.value(GOALS[goal]) is not None for one in self.given) and (found := self._any(words, goal)):
+                yield found
+
+    def _limited(
+        self, option: str, measure: Measure, bounds: Sequence[float], words: str, most: int
+    ) -> Iterator[Deployment]:
+        """Yield the rows of one kind of limit: from the first bound that something keeps to the first that all keep."""
+        seen: set[str] = set()
+        for bound in bounds:
+            limit = Limit(option, measure, bound)
+            values = [value for one in self.given if (value := one.value(measure)) is not None]
+            row = self._row(words.format(bound_text(measure, bound)), (limit,))
+            if row and row.found.winner and row.found.winner.name not in seen and len(seen) < most:
+                seen.add(row.found.winner.name)
+                yield row
+            if values and all(map(limit.keeps, values)):
+                return
+
+    def _row(self, words: str, limits: tuple[Limit, ...]) -> Deployment | None:
+        """Choose the largest model that keeps the limits, and its configuration with the most tokens."""
+        for number, model in enumerate(self.models):
+            own = [one for one in self.given if one.result.cell.model == model]
+            found = self._choose(own, "throughput", limits)
+            if found.winner:
+                others = [one for one in self.given if one.result.cell.model in self.models[number + 1 :]]
+                second = self._choose(others, "throughput", limits).winner if others else None
+                larger = [one for one in self.given if one.result.cell.model in self.models[:number]]
+                return Deployment(words, found, second, self._better(found, [*larger, *own], larger))
+        return None
+
+    def _any(self, words: str, goal: str) -> Deployment | None:
+        found = self._choose(self.given, goal, ())
+        if not found.winner:
+            return None
+        others = [one for one in self.given if one.result.cell.model != found.winner.result.cell.model]
+        second = self._choose(others, goal, ()).winner if others else None
+        return Deployment(words, found, second, self._better(found, self.given, ()))
+
+    def _choose(self, own: Sequence[Candidate], goal: str, limits: tuple[Limit, ...]) -> Recommendation:
+        return choose(own, goal, limits, accept_suspect=self.accept_suspect, allow=ACROSS, judge=self.judge)
+
+    def _better(self, found: Recommendation, given: Sequence[Candidate], larger: Sequence[Candidate]) -> Better | None:
+        """Return the best of the candidates that keep the limits, look better than the winner and cannot be trusted.
+
+        One of a `larger` model looks better whatever its speed.
+        """
+        assert found.winner
+        winner, target = found.winner, GOALS[found.goal]
+        sizes, left_out = {id(one) for one in larger}, []
+        for one in given:
+            trusted = one.verdict.word == "valid" or (one.verdict.word == "suspect" and self.accept_suspect)
+            measures = [limit.measure for limit in found.limits]
+            if trusted or one.value(target) is None or any(one.value(measure) is None for measure in measures):
+                continue
+            if not all(limit.keeps(one.value(limit.measure) or 0.0) for limit in found.limits):
+                continue
+            if id(one) in sizes or gain(winner, one, target) > math.log1p(self.judge.noise):
+                left_out.append(one)
+        if not left_out:
+            return None
+        best = max(left_out, key=lambda one: (id(one) in sizes, gain(winner, one, target)))
+        why = best.result.outcome if best.result.failure else best.verdict.word
+        codes = ", ".join(reason.code for reason in best.verdict.reasons)
+        return Better(best, f"{why} ({codes})" if codes else why)
+
+    def _quality_bound(self, measure: Measure) -> float | None:
+        """Return a bound of a divergence that some candidates keep and some miss: the geometric middle of all."""
+        values = sorted(value for one in self.given if (value := one.value(measure)) is not None and value > 0)
+        if len(values) < 2 or values[0] == values[-1]:
+            return None
+        return float(f"{math.sqrt(values[0] * values[-1]):.2g}")
