@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,39 @@ def clean_environment(
     yield
     for name in set(os.environ) - before:
         del os.environ[name]
+
+
+@pytest.fixture(scope="session")
+def nvml_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the `libnvidia-ml.so.1` that is made of fake_nvml.c."""
+    compiler = shutil.which("cc")
+    if compiler is None or not sys.platform.startswith("linux"):
+        pytest.skip("needs Linux and a C compiler (cc) to build the library that answers as NVIDIA's driver")
+    folder = tmp_path_factory.mktemp("nvml")
+    source, library = ROOT / "tests" / "fake_nvml.c", folder / "libnvidia-ml.so.1"
+    subprocess.run([compiler, "-shared", "-fPIC", "-Wall", "-Werror", "-o", library, source], check=True)
+    return folder
+
+
+@pytest.fixture
+def nvml(nvml_library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """A function that describes GPUs, as at the head of fake_nvml.c, to NVIDIA's Python module in all processes.
+
+    It can be called again while a test runs: each reading starts NVML, which then reads the new description.
+    """
+    import pynvml
+
+    described = tmp_path / "gpus.txt"
+    monkeypatch.setenv("FAKE_NVML", str(described))
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(nvml_library), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(pynvml, "nvmlLib", ctypes.CDLL(str(nvml_library / "libnvidia-ml.so.1")))
+    monkeypatch.setattr(pynvml, "_nvmlGetFunctionPointer_cache", {})
+
+    def describe(text: str) -> None:
+        described.write_text(text)
+
+    return describe
 
 
 @pytest.fixture(scope="session")

@@ -97,14 +97,23 @@ def _streams(a: Cell, b: Cell) -> list[Difference]:
     return [Difference("workload", name, first, second) for name, first, second in pairs if first != second]
 
 
+def _gpu_text(gpu: Mapping[str, Any]) -> str:
+    """Return name, memory and share of a GPU, as far as its driver told them."""
+    told = (
+        f"{gpu['memory_bytes'] / 1e9:.0f} GB" if gpu["memory_bytes"] else None,
+        "MIG" if gpu.get("mig") else None,
+        f"{gpu['multiprocessors']} multiprocessors" if gpu.get("multiprocessors") else None,
+    )
+    facts = ", ".join(filter(None, told))
+    return f"{gpu['name']} ({facts})" if facts else str(gpu["name"])
+
+
 def _hardware(result: RunResult) -> dict[str, str]:
     """Readable facts behind `hardware_hash`."""
     cpu: Mapping[str, Any] = result.environment.get("cpu") or {}
     total = (result.environment.get("memory") or {}).get("total_bytes")
     found: Sequence[Mapping[str, Any]] = result.environment.get("gpus") or []
-    gpus = Counter(
-        f"{gpu['name']} ({gpu['memory_bytes'] / 1e9:.0f} GB{', MIG' if gpu.get('mig') else ''})" for gpu in found
-    )
+    gpus = Counter(map(_gpu_text, found))
     facts = {
         "CPU": cpu.get("name"),
         "architecture": cpu.get("architecture"),

@@ -252,7 +252,8 @@ class RayExecutor:
     def _memory(self, gpus: Sequence[Mapping[str, Any]]) -> AvailableMemory:
         """Return the total memory of the largest node or GPU; free memory is known only once a task runs there."""
         if self.on_gpu:
-            return max((gpu["memory_bytes"] for gpu in gpus), default=None), "are on the largest GPU of the cluster"
+            known = [size for gpu in gpus if (size := gpu["memory_bytes"]) is not None]
+            return max(known, default=None), "are on the largest GPU of the cluster"
         largest, limit = int(max(one.memory for one in self.nodes)), self.options.memory_limit
         if limit is not None and limit < largest:
             return limit, "are allowed by memory_limit"

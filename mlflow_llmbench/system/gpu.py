@@ -1,7 +1,8 @@
 """NVIDIA GPUs through NVML: their properties, memory of our process, readings of a repetition. The only user of NVML.
 
-Untested on GPU: written against nvidia-ml-py's interface and tested with a stand-in for that library.
-Devices are counted as CUDA counts them, after CUDA_VISIBLE_DEVICES.
+Devices are counted as CUDA counts them, after CUDA_VISIBLE_DEVICES. Each question is asked by itself: what a driver, a
+GPU or a container does not answer is None, and a GPU that is lost does not hide the others. The tests ask NVIDIA's own
+Python module with a library that gives the answers; see docs/gpus.md for what has run on which GPU.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 THROTTLES = {
@@ -56,146 +58,239 @@ class GpuReading:
 @contextlib.contextmanager
 def nvml() -> Iterator[Any]:
     """Yield the initialised NVML module, or None if it, a driver or a GPU is missing."""
+    module, _ = _started()
+    try:
+        yield module
+    finally:
+        if module:
+            with contextlib.suppress(module.NVMLError):  # of a GPU that was lost meanwhile
+                module.nvmlShutdown()
+
+
+def _started() -> tuple[Any, str | None]:
+    """Initialise NVML; return its module, or None and what the driver answers. No module and no text: no driver."""
     try:
         import pynvml
     except ImportError:
-        yield None
-        return
+        return None, None
     try:
         pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        yield None
-        return
+    except pynvml.NVMLError as error:
+        absent = (pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
+        return None, None if error.value in absent else f"the NVIDIA driver does not start: {error}"
+    return pynvml, None
+
+
+def _ask(module: Any, question: str, *arguments: Any) -> Any:
+    """Return NVML's answer; None if the driver or the library does not know it, or refuses it."""
     try:
-        yield pynvml
+        return getattr(module, question)(*arguments)
+    except (module.NVMLError, AttributeError):
+        return None
+
+
+def _cards(module: Any) -> tuple[list[Any], list[str]]:
+    """Return the handles of the GPUs that answer, in the order of their PCI addresses, and what the others say."""
+    found, problems = [], []
+    for index in range(_ask(module, "nvmlDeviceGetCount") or 0):
+        try:
+            handle = module.nvmlDeviceGetHandleByIndex(index)
+            module.nvmlDeviceGetUUID(handle)
+        except module.NVMLError as error:
+            problems.append(f"GPU {index} of nvidia-smi does not answer: {error}")
+        else:
+            found.append(handle)
+    return found, problems
+
+
+def problems() -> list[str]:
+    """Say what keeps GPUs of this machine from being used: the driver does not start, or one of them is lost."""
+    module, problem = _started()
+    if module is None:
+        return [problem] if problem else []
+    try:
+        return _cards(module)[1]
     finally:
-        pynvml.nvmlShutdown()
+        with contextlib.suppress(module.NVMLError):
+            module.nvmlShutdown()
 
 
 def handles(module: Any) -> list[Any]:
-    """Return handles in CUDA's order.
+    """Return handles in CUDA's order, which `PCI_ORDER` makes NVML's. A GPU that does not answer is left out.
 
-    CUDA_VISIBLE_DEVICES names indices or UUIDs; as in CUDA, the first unknown one ends the list.
+    CUDA_VISIBLE_DEVICES names indices, or UUIDs of GPUs or of MIG instances; as in CUDA, the first unknown one ends the
+    list. A GPU that is divided into instances is its first instance.
     """
-    every = [module.nvmlDeviceGetHandleByIndex(index) for index in range(module.nvmlDeviceGetCount())]
+    every = _cards(module)[0]
     wanted = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if wanted is None:
-        return every
+    names = map(str, range(len(every))) if wanted is None else (part.strip() for part in wanted.split(","))
     found = []
-    for name in filter(None, (part.strip() for part in wanted.split(","))):
-        match = [h for i, h in enumerate(every) if name == str(i) or str(module.nvmlDeviceGetUUID(h)).startswith(name)]
-        if not match:
+    for name in filter(None, names):
+        handle = _named(module, name, every)
+        if handle is None:
             break
-        found.append(match[0])
+        found.append(handle)
     return found
+
+
+def _named(module: Any, name: str, every: list[Any]) -> Any:
+    """Return the handle of one name of CUDA_VISIBLE_DEVICES; None if it is unknown or not unique."""
+    if name.startswith("MIG-"):
+        return _ask(module, "nvmlDeviceGetHandleByUUID", name)
+    match = [
+        handle
+        for index, handle in enumerate(every)
+        if name == str(index)
+        or (name.startswith("GPU-") and str(_ask(module, "nvmlDeviceGetUUID", handle)).startswith(name))
+    ]
+    return (_first_instance(module, match[0]) or match[0]) if len(match) == 1 else None
+
+
+def _is_divided(module: Any, handle: Any) -> bool:
+    return bool((_ask(module, "nvmlDeviceGetMigMode", handle) or [0])[0])
+
+
+def _first_instance(module: Any, handle: Any) -> Any:
+    """Return the first MIG instance of a GPU; None if it is not divided, or the driver does not show its instances."""
+    places = (_ask(module, "nvmlDeviceGetMaxMigDeviceCount", handle) or 0) if _is_divided(module, handle) else 0
+    found = (_ask(module, "nvmlDeviceGetMigDeviceHandleByIndex", handle, place) for place in range(places))
+    return next((one for one in found if one is not None), None)
+
+
+def _whole(module: Any, handle: Any) -> Any:
+    """Return the GPU that a MIG instance is part of; None for a GPU."""
+    answer = _ask(module, "nvmlDeviceIsMigDeviceHandle", handle)
+    is_instance = bool(getattr(answer, "value", answer))
+    return _ask(module, "nvmlDeviceGetDeviceHandleFromMigDeviceHandle", handle) if is_instance else None
 
 
 def gpus() -> list[dict[str, Any]]:
     """Return the visible GPUs: index, name, uuid, memory_bytes, driver, cuda (driver's version), power_limit_w, mig.
 
-    `mig` is True if the GPU is divided into instances; memory is then that of the whole GPU.
+    What the driver does not tell is None; `power_limit_w` and `mig` are then missing. `mig` is True if the GPU is
+    divided into instances: name and memory are those of the instance, and `multiprocessors` tells its share.
     """
     with nvml() as module:
         if module is None:
             return []
-        cuda = module.nvmlSystemGetCudaDriverVersion()
-        found = []
-        for index, handle in enumerate(handles(module)):
-            one: dict[str, Any] = {
-                "index": index,
-                "name": module.nvmlDeviceGetName(handle),
-                "uuid": module.nvmlDeviceGetUUID(handle),
-                "memory_bytes": module.nvmlDeviceGetMemoryInfo(handle).total,
-                "driver": module.nvmlSystemGetDriverVersion(),
-                "cuda": f"{cuda // 1000}.{cuda % 1000 // 10}",
-            }
-            with contextlib.suppress(module.NVMLError):
-                one["power_limit_w"] = module.nvmlDeviceGetPowerManagementLimit(handle) / 1000
-            with contextlib.suppress(module.NVMLError, AttributeError):
-                one["mig"] = bool(module.nvmlDeviceGetMigMode(handle)[0])
-            found.append(one)
-        return found
+        driver, cuda = _ask(module, "nvmlSystemGetDriverVersion"), _ask(module, "nvmlSystemGetCudaDriverVersion")
+        version = None if cuda is None else f"{cuda // 1000}.{cuda % 1000 // 10}"
+        return [
+            {"index": index, **_properties(module, handle), "driver": driver, "cuda": version}
+            for index, handle in enumerate(handles(module))
+        ]
+
+
+def _properties(module: Any, handle: Any) -> dict[str, Any]:
+    """Return what the driver tells of one GPU or instance."""
+    whole = _whole(module, handle)
+    memory = _ask(module, "nvmlDeviceGetMemoryInfo", handle)
+    found = {
+        "name": _ask(module, "nvmlDeviceGetName", handle) or "NVIDIA GPU",
+        "uuid": _ask(module, "nvmlDeviceGetUUID", handle),
+        "memory_bytes": memory.total if memory else None,
+    }
+    limit_mw = _ask(module, "nvmlDeviceGetPowerManagementLimit", whole or handle)
+    mode = [True] if whole else _ask(module, "nvmlDeviceGetMigMode", handle)
+    part = _ask(module, "nvmlDeviceGetAttributes", handle) if whole else None
+    return {
+        **found,
+        **({} if limit_mw is None else {"power_limit_w": limit_mw / 1000}),
+        **({} if mode is None else {"mig": bool(mode[0])}),
+        **({} if part is None else {"multiprocessors": part.multiprocessorCount}),
+    }
 
 
 def compute_capability(index: int) -> tuple[int, int] | None:
-    """Return the CUDA compute capability of GPU `index`, such as (9, 0); None if there is no such GPU."""
+    """Return the CUDA compute capability of GPU `index`, such as (9, 0).
+
+    None if there is no such GPU or the driver does not tell.
+    """
     with nvml() as module:
         found = handles(module) if module else []
         if index >= len(found):
             return None
-        major, minor = module.nvmlDeviceGetCudaComputeCapability(found[index])
-        return int(major), int(minor)
+        answers = (
+            _ask(module, "nvmlDeviceGetCudaComputeCapability", handle)
+            for handle in (found[index], _whole(module, found[index]))
+            if handle is not None
+        )
+        answer = next(filter(None, answers), None)
+        return (int(answer[0]), int(answer[1])) if answer else None
 
 
 def free_bytes(index: int) -> int | None:
-    """Return the free device memory of GPU `index` in bytes; None if there is no such GPU."""
+    """Return the free device memory of GPU `index` in bytes.
+
+    None if there is no such GPU, or if the driver does not tell: one that shares the host's memory.
+    """
     with nvml() as module:
         found = handles(module) if module else []
-        return int(module.nvmlDeviceGetMemoryInfo(found[index]).free) if index < len(found) else None
+        memory = _ask(module, "nvmlDeviceGetMemoryInfo", found[index]) if index < len(found) else None
+        return int(memory.free) if memory else None
 
 
 def process_bytes(pid: int) -> int | None:
     """Return the device memory of a process in bytes, over all GPUs.
 
-    None if the driver does not attribute memory to it (no GPU, a container, WSL).
+    None if the driver does not attribute memory to it (no GPU, a container, WSL): it leaves the process out then, or
+    reports 0.
     """
     with nvml() as module:
         if module is None:
             return None
-        total, seen = 0, False
-        for handle in handles(module):
-            with contextlib.suppress(module.NVMLError):
-                for process in module.nvmlDeviceGetComputeRunningProcesses(handle):
-                    if process.pid == pid and process.usedGpuMemory is not None:
-                        total, seen = total + process.usedGpuMemory, True
-        return total if seen else None
+        held = [
+            process.usedGpuMemory
+            for handle in handles(module)
+            for process in _ask(module, "nvmlDeviceGetComputeRunningProcesses", handle) or []
+            if process.pid == pid
+        ]
+        return sum(filter(None, held)) or None
 
 
 def _foreign(processes: Any) -> int | None:
     """Return the number of other processes.
 
-    None if we are not among them: the driver then counts pids of another namespace (a container).
+    None if we are not among them: the driver then shows none, or pids of another namespace (a container).
     """
     pids = [process.pid for process in processes or []]
-    if processes is None or (pids and os.getpid() not in pids):
-        return None
-    return len([pid for pid in pids if pid != os.getpid()])
+    return len([pid for pid in pids if pid != os.getpid()]) if os.getpid() in pids else None
 
 
 def read(index: int) -> GpuReading | None:
-    """Return the readings of GPU `index` now; None without it. Costs milliseconds: never call it in a timed region."""
+    """Return the readings of GPU `index` now; None without it. Costs milliseconds: never call it in a timed region.
+
+    Of a MIG instance, clocks, temperature and throttling are those of the GPU that it is part of. Energy, power and
+    utilization are None, since they cover all instances together.
+    """
     with nvml() as module:
         found = handles(module) if module else []
         if index >= len(found):
             return None
-        handle = found[index]
+        handle, whole = found[index], _whole(module, found[index])
+        card, shared = whole or handle, whole is not None or _is_divided(module, found[index])
 
-        def ask(question: str, *constants: str) -> Any:
-            try:
-                return getattr(module, question)(handle, *(getattr(module, constant) for constant in constants))
-            except (module.NVMLError, AttributeError):
-                return None
+        def ask(one: Any, question: str, *constants: str) -> Any:
+            numbers = [getattr(module, constant, None) for constant in constants]
+            return None if None in numbers else _ask(module, question, one, *numbers)
 
-        energy_mj, power_mw, used = (
-            ask("nvmlDeviceGetTotalEnergyConsumption"),
-            ask("nvmlDeviceGetPowerUsage"),
-            ask("nvmlDeviceGetUtilizationRates"),
-        )
-        if (ask("nvmlDeviceGetMigMode") or [0])[0]:
-            energy_mj = power_mw = used = None  # these cover all instances together
-        bits = ask("nvmlDeviceGetCurrentClocksEventReasons")
-        bits = ask("nvmlDeviceGetCurrentClocksThrottleReasons") if bits is None else bits  # its name in older drivers
+        energy_mj = None if shared else ask(handle, "nvmlDeviceGetTotalEnergyConsumption")
+        power_mw = None if shared else ask(handle, "nvmlDeviceGetPowerUsage")
+        used = None if shared else ask(handle, "nvmlDeviceGetUtilizationRates")
+        bits = ask(card, "nvmlDeviceGetCurrentClocksEventReasons")
+        bits = ask(card, "nvmlDeviceGetCurrentClocksThrottleReasons") if bits is None else bits  # in older drivers
+        errors = ("NVML_MEMORY_ERROR_TYPE_UNCORRECTED", "NVML_VOLATILE_ECC")
         return GpuReading(
             energy_j=None if energy_mj is None else energy_mj / 1000,
-            clock_mhz=ask("nvmlDeviceGetClockInfo", "NVML_CLOCK_SM"),
-            temperature_c=ask("nvmlDeviceGetTemperature", "NVML_TEMPERATURE_GPU"),
+            clock_mhz=ask(card, "nvmlDeviceGetClockInfo", "NVML_CLOCK_SM"),
+            temperature_c=ask(card, "nvmlDeviceGetTemperature", "NVML_TEMPERATURE_GPU"),
             throttles=tuple(name for bit, name in THROTTLES.items() if (bits or 0) & bit),
-            foreign_processes=_foreign(ask("nvmlDeviceGetComputeRunningProcesses")),
-            memory_clock_mhz=ask("nvmlDeviceGetClockInfo", "NVML_CLOCK_MEM"),
+            foreign_processes=_foreign(ask(handle, "nvmlDeviceGetComputeRunningProcesses")),
+            memory_clock_mhz=ask(card, "nvmlDeviceGetClockInfo", "NVML_CLOCK_MEM"),
             power_w=None if power_mw is None else power_mw / 1000,
             utilization_ratio=None if used is None else used.gpu / 100,
-            memory_errors=ask("nvmlDeviceGetTotalEccErrors", "NVML_MEMORY_ERROR_TYPE_UNCORRECTED", "NVML_VOLATILE_ECC"),
-            held_back_ns=_held_back(module, handle, ask),
+            memory_errors=ask(handle, "nvmlDeviceGetTotalEccErrors", *errors),
+            held_back_ns=_held_back(module, card, partial(ask, card)),
         )
 
 

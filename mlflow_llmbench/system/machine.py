@@ -145,6 +145,10 @@ NO_QUOTA = ("quota_cpus", None)
 """A fact that is left out of the hash of the hardware, so that results of earlier versions have the same one."""
 
 
+GPU_IDENTITY = ("name", "memory_bytes", "mig", "multiprocessors")
+"""Facts of a GPU that the hash of the hardware covers; `multiprocessors` tells instances of one GPU apart."""
+
+
 def fingerprint() -> dict[str, Any]:
     """Describe this machine and its software: cpu, memory, gpus, driver, os, python, packages, and their hashes.
 
@@ -183,10 +187,7 @@ def fingerprint() -> dict[str, Any]:
     identity = {
         "cpu": {k: v for k, v in hardware["cpu"].items() if k != "last_level_cache_bytes" and (k, v) != NO_QUOTA},
         "memory_gib": round(total / 2**30) if total else None,
-        "gpus": [
-            {"name": g["name"], "memory_bytes": g["memory_bytes"], **({"mig": True} if g.get("mig") else {})}
-            for g in devices
-        ],
+        "gpus": [{name: g[name] for name in GPU_IDENTITY if name == "memory_bytes" or g.get(name)} for g in devices],
     }
     hardware_hash, software_hash = hash16(identity), hash16(software | used)
     return {

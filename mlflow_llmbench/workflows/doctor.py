@@ -91,7 +91,7 @@ def examine(torch_s: float = TORCH_S, hub_s: float = HUB_S) -> Report:
     """Check everything. Takes about a second more than importing torch, at most about `torch_s` + `hub_s` seconds."""
     checks: tuple[tuple[str, str, Callable[[], Iterable[Item]]], ...] = (
         ("Machine", "machine", machine_items),
-        ("Machine", "GPU", lambda: gpu_items(gpu.gpus(), version("nvidia-ml-py") is not None)),
+        ("Machine", "GPU", lambda: gpu_items(gpu.gpus(), version("nvidia-ml-py") is not None, gpu.problems())),
         ("Machine", "disk", disk_items),
         ("Software", "packages", software_items),
         ("Software", "torch runs", lambda: [torch_item(gpu.gpus(), seconds=torch_s)]),
@@ -174,20 +174,27 @@ def memory_item(available: int | None, total: int | None, limit: tuple[int, str]
     return Item("Machine", "memory", "ok", found, data=data)
 
 
-def gpu_items(gpus: Sequence[Mapping[str, Any]], reader: bool) -> Iterator[Item]:
-    """Yield the NVIDIA GPUs; `reader` is True if the package that reads them (nvidia-ml-py) is installed."""
+def gpu_items(gpus: Sequence[Mapping[str, Any]], reader: bool, problems: Sequence[str] = ()) -> Iterator[Item]:
+    """Yield the NVIDIA GPUs, and what keeps others from being used (`gpu.problems`).
+
+    `reader` is True if the package that reads them (nvidia-ml-py) is installed.
+    """
     if not reader:
         why = "not checked: the package nvidia-ml-py is not installed"
         yield Item("Machine", "GPU", "missing", why, f"Run: {pip_install('nvidia-ml-py')}")
-    elif not gpus:
+    elif not gpus and not problems:
         advice = (
             "Models run on the CPU. If there is a GPU, `nvidia-smi` must show it: install the driver, "
             "or give the container access (--gpus all)."
         )
         yield Item("Machine", "GPU", "missing", "no NVIDIA GPU answers", advice)
     for one in gpus:
-        found = f"{one['name']}, {one['memory_bytes'] / 1e9:.1f} GB, driver {one['driver']}, CUDA {one['cuda']}"
+        size = "memory not known" if one["memory_bytes"] is None else f"{one['memory_bytes'] / 1e9:.1f} GB"
+        found = f"{one['name']}, {size}, driver {one['driver'] or 'not known'}, CUDA {one['cuda'] or 'not known'}"
         yield Item("Machine", f"GPU {one['index']}", "ok", found, data=one)
+    for number, problem in enumerate(problems):
+        advice = "Look at `nvidia-smi` and at the kernel's log. A restart of the machine usually helps."
+        yield Item("Machine", f"GPU problem {number + 1}", "limited", problem, advice)
 
 
 def disk_items() -> Iterator[Item]:

@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,7 @@ def nvmlInit(): pass
 def nvmlShutdown(): pass
 def nvmlDeviceGetCount(): return 1
 def nvmlDeviceGetHandleByIndex(index): return index
+def nvmlDeviceGetUUID(handle): return "GPU-1"
 def nvmlDeviceGetClockInfo(handle, kind): return 1980
 def nvmlDeviceGetTemperature(handle, sensor): return 91
 def nvmlDeviceGetCurrentClocksEventReasons(handle): return 0
@@ -198,3 +199,16 @@ def test_a_hot_gpu_is_throttled_and_nothing_else(
         for n in noises
     )
     assert all(n and n.temperature_c == 91 for n in noises)
+
+
+def test_broken_gpus_change_no_measurement_of_the_cpu(store_uri: str, nvml: Callable[[str], None]) -> None:
+    """One is lost, one supports no query, one is divided and shows its instances to nobody but root."""
+    nvml(
+        "fail nvmlSystemGetDriverVersion 999\n"
+        "gpu GPU-1 NVIDIA A100\nfail nvmlDeviceGetHandleByIndex_v2 15\n"
+        "gpu GPU-2 NVIDIA GB10\nfail * 3\n"
+        "gpu GPU-3 NVIDIA H100\nmig 1\nfail nvmlDeviceGetMemoryInfo 4\n"
+    )
+    environment = measured(measure(device="cpu", output_tokens=4, repetitions=2)).environment
+    assert environment["driver"] is None
+    assert [(one["name"], one["memory_bytes"]) for one in environment["gpus"]] == [("NVIDIA H100", None)]

@@ -1,11 +1,9 @@
-"""Energy and GPU readings: real files in the kernel's layout, and a fake of the driver's library (no GPU is needed)."""
+"""Energy and GPU readings: real files in the kernel's layout, and the driver's library of conftest (no GPU needed)."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import sys
-import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,10 @@ from mlflow_llmbench.analysis import efficiency, summary
 from mlflow_llmbench.analysis.verdict import judge
 from mlflow_llmbench.records.codec import from_json, to_json
 from mlflow_llmbench.records.results import Noise
-from mlflow_llmbench.system import gpu, machine
+from mlflow_llmbench.system import machine
 from tests.analysis.test_summary import result
+
+Nvml = Callable[[str], None]
 
 
 def counters(folder: Path, *micro_joules: int) -> None:
@@ -56,193 +56,65 @@ def test_joules_per_token_are_above_idle_and_proportional() -> None:
     assert "efficiency/joules_per_token" in summary.summarize(once)
 
 
-@pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """A fake pynvml with two GPUs, of which the second is hot, throttled and used by another process."""
-    module: Any = types.ModuleType("pynvml")
-    module.NVMLError = type("NVMLError", (Exception,), {})
-    module.NVML_CLOCK_SM, module.NVML_TEMPERATURE_GPU = 1, 0
-    process, own = (
-        types.SimpleNamespace(pid=1, usedGpuMemory=7_000),
-        types.SimpleNamespace(pid=os.getpid(), usedGpuMemory=1_000),
-    )
-    module.nvmlInit = module.nvmlShutdown = lambda: None
-    module.nvmlDeviceGetCount = lambda: 2
-    module.nvmlDeviceGetHandleByIndex = lambda index: index
-    module.nvmlDeviceGetUUID = lambda handle: f"GPU-{handle}{handle}{handle}"
-    module.nvmlDeviceGetName = lambda handle: f"Card {handle}"
-    module.nvmlDeviceGetMemoryInfo = lambda handle: types.SimpleNamespace(total=10_000 * (handle + 1), free=9_000)
-    module.nvmlSystemGetDriverVersion = lambda: "570.1"
-    module.nvmlSystemGetCudaDriverVersion = lambda: 12080
-    module.nvmlDeviceGetTotalEnergyConsumption = lambda handle: 5_000
-    module.nvmlDeviceGetCurrentClocksThrottleReasons = lambda handle: 0x41 if handle else 0x1
-    module.nvmlDeviceGetComputeRunningProcesses = lambda handle: [process, own] if handle else []
-    module.nvmlDeviceGetClockInfo = lambda handle, _: 1980
-    module.nvmlDeviceGetTemperature = lambda handle, _: 88
-
-    def no_limit(handle: int) -> int:
-        raise module.NVMLError("not supported")
-
-    module.nvmlDeviceGetPowerManagementLimit = no_limit
-    monkeypatch.setitem(sys.modules, "pynvml", module)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    return module
+GPU = "gpu GPU-1 NVIDIA H200\nclocks 1980 3201\ntemperature 88\n"
 
 
-def test_gpus_are_counted_as_cuda_counts_them(driver: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [g["name"] for g in gpu.gpus()] == ["Card 0", "Card 1"]
-    assert (gpu.gpus()[0]["cuda"], "power_limit_w" in gpu.gpus()[0]) == ("12.8", False)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    assert [g["name"] for g in gpu.gpus()] == ["Card 1"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-111,0,nonsense,1")
-    assert [g["name"] for g in gpu.gpus()] == ["Card 1", "Card 0"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert gpu.gpus() == []
-    assert machine.require_device("auto") == "cpu"
+def between(nvml: Nvml, before: str, after: str) -> Noise:
+    """Return the noise of a repetition during which what the GPU reports has changed."""
+    nvml(GPU + before)
+    first = machine.take_readings("cuda:0")
+    nvml(GPU + after)
+    return machine.noise_between(first, machine.take_readings("cuda:0"))
 
 
-def test_readings_of_a_gpu(driver: types.ModuleType) -> None:
-    assert gpu.read(0) == gpu.GpuReading(5.0, 1980, 88, (), 0)
-    assert gpu.read(1) == gpu.GpuReading(5.0, 1980, 88, ("hardware thermal slowdown",), 1)
-    assert gpu.read(2) is None
-    assert (gpu.process_bytes(1), gpu.process_bytes(2), gpu.free_bytes(0), gpu.free_bytes(5)) == (
-        7_000,
-        None,
-        9_000,
-        None,
-    )
-    noise = machine.noise_between(machine.take_readings("cuda:1"), machine.take_readings("cuda:1"))
-    assert (noise.energy_j, noise.frequency_mhz, noise.throttles, noise.foreign_gpu_processes) == (
-        0.0,
-        1980,
-        ("hardware thermal slowdown",),
-        1,
-    )
+def held(software: int, hardware: int, brake: int) -> str:
+    """The counters of newer drivers in ns."""
+    return f"field269 {software}\nfield270 {hardware}\nfield271 {brake}\n"
 
 
-COUNTERS = {251: "software", 252: "hardware", 253: "brake"}
-
-
-def with_counters(driver: Any, held_ns: dict[int, int], kind: int = 3, refused: tuple[int, ...] = ()) -> None:
-    """Give the fake the field values of newer drivers; `held_ns` can change between two readings.
-
-    `kind` 3: unsigned long long.
-    """
-    for number, name in zip(
-        COUNTERS, ("SW_THERM_SLOWDOWN", "HW_THERM_SLOWDOWN", "HW_POWER_BRAKE_SLOWDOWN"), strict=True
-    ):
-        setattr(driver, f"NVML_FI_DEV_CLOCKS_EVENT_REASON_{name}", number)
-    driver.NVML_VALUE_TYPE_UNSIGNED_LONG_LONG = 3
-
-    def values(handle: int, ids: list[int]) -> list[Any]:
-        return [
-            types.SimpleNamespace(
-                nvmlReturn=3 if i in refused else 0,
-                valueType=kind,
-                value=types.SimpleNamespace(ullVal=held_ns.get(i, 0)),
-            )
-            for i in ids
-        ]
-
-    driver.nvmlDeviceGetFieldValues = values
-
-
-def between(change: Any, device: str = "cuda:0") -> Noise:
-    """Return the noise of a repetition during which `change` happened."""
-    before = machine.take_readings(device)
-    change()
-    return machine.noise_between(before, machine.take_readings(device))
-
-
-def test_a_throttle_that_came_and_went_is_counted(driver: Any) -> None:
-    """At the end the clock is free again (GPU 0 says idle), but the counters show that it was throttled."""
-    held = {251: 7_000_000, 252: 40_000_000, 253: 1}
-    with_counters(driver, held)
-    noise = between(lambda: held.update({252: 540_000_000}))
+def test_a_throttle_that_came_and_went_is_counted(nvml: Nvml) -> None:
+    """At the end the clock is free again (idle), but the counters show that it was throttled."""
+    idle, before = "reasons 0x1\n", held(7_000_000, 40_000_000, 1)
+    noise = between(nvml, before, idle + held(7_000_000, 540_000_000, 1))
     assert (noise.throttles, noise.throttled_s) == (("hardware thermal slowdown",), 0.5)
-    quiet = between(lambda: None)
+    quiet = between(nvml, before, idle + before)
     assert (quiet.throttles, quiet.throttled_s) == ((), 0.0)
-    both = between(lambda: held.update({251: 8_000_000, 253: 2_000_000_001}))
+    both = between(nvml, before, idle + held(8_000_000, 40_000_000, 2_000_000_001))
     assert (both.throttles, both.throttled_s) == (("software thermal slowdown", "power brake"), 2.0)
 
 
-def test_a_reason_that_stands_at_the_end_is_told_whatever_the_counters_say(driver: Any) -> None:
-    with_counters(driver, {})
-    noise = between(lambda: None, "cuda:1")
+def test_a_reason_that_stands_at_the_end_is_told_whatever_the_counters_say(nvml: Nvml) -> None:
+    noise = between(nvml, held(0, 0, 0), "reasons 0x41\n" + held(0, 0, 0))
     assert (noise.throttles, noise.throttled_s) == (("hardware thermal slowdown",), 0.0)
 
 
-@pytest.mark.parametrize("fault", ["absent", "refused", "another field by that number"])
-def test_older_drivers_count_thermal_violations(driver: Any, fault: str) -> None:
-    violations = [3_000_000_000]
-    driver.NVML_PERF_POLICY_THERMAL = 1
-    driver.nvmlDeviceGetViolationStatus = lambda handle, policy: types.SimpleNamespace(
-        violationTime=violations[policy - 1], referenceTime=0
-    )
-    if fault != "absent":
-        with_counters(
-            driver,
-            {251: 5},
-            kind=1 if fault == "another field by that number" else 3,
-            refused=tuple(COUNTERS) if fault == "refused" else (),
-        )
-    noise = between(lambda: violations.__setitem__(0, 3_250_000_000))
+@pytest.mark.parametrize(
+    "fields",
+    ["", "fail nvmlDeviceGetFieldValues 13\n", "kinds 1\n" + held(5, 5, 5)],
+    ids=["refused one by one", "absent", "other fields by these numbers"],
+)
+def test_older_drivers_count_thermal_violations(nvml: Nvml, fields: str) -> None:
+    noise = between(nvml, f"{fields}violation 3000000000\n", f"{fields}violation 3250000000\n")
     assert (noise.throttles, noise.throttled_s) == (("thermal slowdown",), 0.25)
 
 
-def test_without_any_counter_the_time_is_absent(driver: Any) -> None:
-    assert between(lambda: None).throttled_s is None
-    assert between(lambda: None, "cpu").throttled_s is None
+def test_without_any_counter_the_time_is_absent(nvml: Nvml) -> None:
+    assert between(nvml, "", "").throttled_s is None
+    noise = machine.noise_between(machine.take_readings("cpu"), machine.take_readings("cpu"))
+    assert noise.throttled_s is None
 
 
-def test_what_else_a_gpu_says_of_a_repetition(driver: Any) -> None:
-    errors = [4]
-    driver.NVML_CLOCK_MEM, driver.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, driver.NVML_VOLATILE_ECC = 2, 1, 0
-    driver.nvmlDeviceGetClockInfo = lambda handle, kind: {1: 1980, 2: 3201}[kind]
-    driver.nvmlDeviceGetPowerUsage = lambda handle: 412_345
-    driver.nvmlDeviceGetUtilizationRates = lambda handle: types.SimpleNamespace(gpu=97, memory=40)
-    driver.nvmlDeviceGetTotalEccErrors = lambda handle, kind, counter: errors[0] if (kind, counter) == (1, 0) else -1
-    driver.nvmlDeviceGetCurrentClocksEventReasons = lambda handle: 0x80
-    noise = between(lambda: errors.__setitem__(0, 6))
+def test_what_else_a_gpu_says_of_a_repetition(nvml: Nvml) -> None:
+    same = "power 412345\nutilization 97 40\nreasons 0x80\n"
+    noise = between(nvml, same + "errors 9 4\nenergy 5000\n", same + "errors 9 6\nenergy 7500\n")
     assert (noise.frequency_mhz, noise.memory_clock_mhz, noise.power_w, noise.utilization_ratio) == (
         1980,
         3201,
         412.345,
         0.97,
     )
-    assert (noise.gpu_memory_errors, noise.throttles) == (2, ("power brake",))
+    assert (noise.gpu_memory_errors, noise.throttles, noise.energy_j) == (2, ("power brake",), 2.5)
     assert from_json(Noise, to_json(noise)) == noise
-
-
-def test_a_gpu_cut_into_instances_says_so_and_nothing_that_is_its_neighbours(driver: Any) -> None:
-    driver.nvmlDeviceGetMigMode = lambda handle: [handle, 0]
-    driver.nvmlDeviceGetPowerUsage = lambda handle: 300_000
-    assert [g["mig"] for g in gpu.gpus()] == [False, True]
-    whole, part = gpu.read(0), gpu.read(1)
-    assert whole and part
-    assert (whole.energy_j, whole.power_w) == (5.0, 300.0)
-    assert (part.energy_j, part.power_w, part.utilization_ratio, part.clock_mhz) == (None, None, None, 1980)
-    hashes = machine.environment()["hashes"]["hardware"]
-    driver.nvmlDeviceGetMigMode = lambda handle: [0, 0]
-    assert machine.environment()["hashes"]["hardware"] != hashes
-
-
-def test_in_a_container_whose_pids_are_not_the_drivers_nothing_is_said_of_foreign_processes(driver: Any) -> None:
-    driver.nvmlDeviceGetComputeRunningProcesses = lambda handle: [
-        types.SimpleNamespace(pid=4_000_000, usedGpuMemory=None)
-    ]
-    reading = gpu.read(0)
-    assert reading and reading.foreign_processes is None
-
-
-def test_a_driver_that_does_not_answer_is_no_gpu(driver: Any) -> None:
-    def fail() -> None:
-        raise driver.NVMLError("driver not loaded")
-
-    driver.nvmlInit = fail
-    assert gpu.gpus() == []
-    assert gpu.read(0) is None
-    assert gpu.process_bytes(1) is None
 
 
 def test_throttling_and_foreign_processes_give_their_reasons() -> None:

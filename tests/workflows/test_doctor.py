@@ -8,7 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +164,33 @@ def test_gpus() -> None:
     ]
     assert [(i.status, i.found) for i in doctor.gpu_items([], True)] == [("missing", "no NVIDIA GPU answers")]
     assert [i.advice for i in doctor.gpu_items([], False)] == ["Run: pip install nvidia-ml-py"]
+
+
+def test_gpus_whose_driver_is_broken(nvml: Callable[[str], None]) -> None:
+    """One shares the host's memory, one is lost, one is divided and shows its instances to nobody but root."""
+    nvml(
+        "driver 580.95\nfail nvmlSystemGetCudaDriverVersion 999\n"
+        "gpu GPU-1 NVIDIA GB10\n"
+        "gpu GPU-2 NVIDIA A100\nfail nvmlDeviceGetHandleByIndex_v2 15\n"
+        "gpu GPU-3 NVIDIA H100\nmig 1\nfail nvmlDeviceGetMemoryInfo 4\n"
+    )
+    report = doctor.examine(torch_s=0.01)
+    items = [item for item in report.items if item.section == "Machine" and item.name.startswith("GPU")]
+    assert [(item.name, item.status, item.found) for item in items] == [
+        ("GPU 0", "ok", "NVIDIA GB10, memory not known, driver 580.95, CUDA not known"),
+        ("GPU 1", "ok", "NVIDIA H100, memory not known, driver 580.95, CUDA not known"),
+        ("GPU problem 1", "limited", "GPU 1 of nvidia-smi does not answer: GPU is lost"),
+    ]  # fmt: skip
+    json.dumps(to_json(report), allow_nan=False)
+    assert "GPU is lost" in format_report(report.items)
+    assert doctor.memory_here()[1] is None
+
+
+def test_a_driver_that_does_not_start_is_named(nvml: Callable[[str], None]) -> None:
+    nvml("fail nvmlInitWithFlags 18\n")
+    [item] = [i for i in doctor.examine(torch_s=0.01).items if i.section == "Machine" and i.name.startswith("GPU")]
+    assert (item.name, item.status) == ("GPU problem 1", "limited")
+    assert item.found == "the NVIDIA driver does not start: RM has detected an NVML/RM version mismatch."
 
 
 @pytest.mark.parametrize(
