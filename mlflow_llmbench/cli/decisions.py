@@ -223,7 +223,7 @@ def gate(
     if run.run_id is None:
         print(
             f"\nNot logged: the store {redact(run.store_uri)} has no run of the candidate. "
-            f"Upload it with `{command_text('upload')}`."
+            f"Upload its results: `{command_text('upload', 'FOLDER')}`."
         )
     if json:
         sides = {"champion": run.champion.uri, "candidate": run.candidate}

@@ -193,7 +193,7 @@ def _recommendation(reference: str) -> Any:
     except Unreadable as error:
         raise UsageError(
             f"Cannot read the recommendation {reference}: {error}. "
-            "Give the file that `llmbench recommend --output` wrote."
+            "Give the file that `llmbench recommend --output FOLDER` wrote."
         ) from None
 
 
@@ -217,7 +217,7 @@ def _winner(store: Store, data: Any, reference: str) -> tuple[str, str | None]:
     ):
         raise UsageError(
             f"The winner of {reference} has no sweep and config_hash. "
-            "Give the file that `llmbench recommend --output` wrote."
+            "Give the file that `llmbench recommend --output FOLDER` wrote."
         )
     if not winner:
         raise UsageError(
@@ -228,7 +228,7 @@ def _winner(store: Store, data: Any, reference: str) -> tuple[str, str | None]:
     if run_id is None:
         raise UsageError(
             f"The winner of {reference} is not in the store {store.uri}. "
-            f"Check --tracking-uri, or `{command_text('upload')}` its folder first."
+            f"Check --tracking-uri, or upload its folder first: `{command_text('upload', 'FOLDER')}`."
         )
     return run_id, data.get("accepted_suspect")
 
