@@ -6,6 +6,7 @@ standard output. Nothing else can write there: output of libraries goes to the l
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import logging
@@ -115,19 +116,39 @@ def _measure_group(job: WorkerJob, send: Report) -> None:
     send(Stage("loading"))
     info = _launch(cast(ServerBackend, backend), job.folders[0], send) if cells[0].launch else backend.load()
     gc.collect()
+    backend.trim()  # the loader's scratch is not the model's
     send(events.ModelLoaded(info))
     _stage("loaded", backend, send)
-    try:
+    with _unloading(backend, send):
         for number, (cell, folder) in enumerate(_cells(job, send)):
             _measure_one(backend, cell, number, folder, info, facts.context, send)
         if job.quality:
             _pause(job, send)
             _evaluate(backend, job.quality, facts.context, send)
-    finally:
-        backend.close()
-        gc.collect()
-        memory.trim()  # empty the C allocator's cache like the device's, so that the reading has only memory in use
-        _stage("unloaded", backend, send)
+
+
+@contextlib.contextmanager
+def _unloading(backend: Backend, send: Report) -> Iterator[None]:
+    """Unload the model at the end and report the memory.
+
+    An error of the unloading does not replace an earlier one: after an error of CUDA, every further call fails too.
+    """
+    try:
+        yield
+    except BaseException:
+        try:
+            _unload(backend, send)
+        except Exception as error:
+            print(f"Unloading failed too: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
+        raise
+    _unload(backend, send)
+
+
+def _unload(backend: Backend, send: Report) -> None:
+    backend.close()
+    gc.collect()
+    memory.trim()  # empty the C allocator's cache like the device's, so that the reading has only memory in use
+    _stage("unloaded", backend, send)
 
 
 def _cells(job: WorkerJob, send: Report) -> Iterator[tuple[Cell, Path]]:

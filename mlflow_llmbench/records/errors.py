@@ -144,6 +144,7 @@ NO_MEMORY = (
     "out of memory",
     "bad_alloc",
     "available memory on node",
+    "_status_alloc_failed",  # of cuBLAS and cuDNN
 )
 """Phrases by which libraries report that memory ran out, in lower case."""
 
