@@ -2,7 +2,8 @@
 
 Runs opt-125m and a 1B shape (llama-3.2-1b) with random weights at batch 1 and 8: bf16, also compiled with CUDA graphs,
 the quantizations of bitsandbytes and torchao, and a KV cache in 8-bit floats. It checks the host's stamps against CUDA
-events and the allocator's memory against NVML, and prints one JSON line. Without a GPU it says so and exits with 0.
+events and the allocator's memory against NVML, and prints a JSON line for each cell as it ends, then one with all of
+them. Without a GPU it says so and exits with 0.
 Needs torch, transformers, accelerate and nvidia-ml-py. Without bitsandbytes or torchao, the configurations that need
 them are errors, and the others run.
 """
@@ -100,12 +101,18 @@ def check_cell(backend: TransformersBackend, cell: Cell, load: Any, peaks: dict[
 
 
 def main() -> int:
-    """Print one JSON line; exit code 0 without a GPU or when every cell ran, else 1."""
+    """Print JSON lines; exit code 0 without a GPU or when every cell ran, else 1."""
+    os.environ.update(gpu.PCI_ORDER)
     devices = gpu.gpus()
     if not devices:
         print(json.dumps({"gpu": None, "message": "No NVIDIA GPU answers here, so nothing was checked."}))
         return 0
     cells: list[dict[str, Any]] = []
+
+    def add(cell: dict[str, Any]) -> None:
+        cells.append(cell)
+        print(json.dumps(cell), flush=True)
+
     for model in MODELS:
         for settings in CONFIGURATIONS:
             first = Cell(model=model, weights="random", device="cuda", output_tokens=64, max_repetitions=10, **settings)
@@ -116,10 +123,10 @@ def main() -> int:
                 peaks = backend.peaks()
                 load = backend.load()
                 for batch in BATCHES:
-                    cells.append(check_cell(backend, replace(first, batch_size=batch), load, peaks))
+                    add(check_cell(backend, replace(first, batch_size=batch), load, peaks))
                 backend.close()
             except LlmbenchError as error:
-                cells.append({"model": model, **settings, "error": str(error)})
+                add({"model": model, **settings, "error": str(error)})
     print(
         json.dumps(
             {"gpu": devices[0]["name"], "driver": devices[0]["driver"], "packages": machine.packages(), "cells": cells}

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import itertools
-import os
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -76,6 +75,7 @@ class VllmBackend(EngineBase):
     def __init__(self, cell: Cell, model: ModelFacts) -> None:
         super().__init__(cell, model)
         self.device = machine.require_device(cell.device)
+        self.meter = gpu.meter_of(self.device)
         self.engine: Any = None
         self.load_s = self.warm_up_s = 0.0
         self._calls = itertools.count()
@@ -147,7 +147,11 @@ class VllmBackend(EngineBase):
         return self.describe()
 
     def _verify(self) -> None:
-        """Raise NotRealised unless the engine computes in the requested dtype and stores the requested bits."""
+        """Raise NotRealised unless the engine uses the requested GPU and dtype, and stores the requested bits."""
+        if self.device != "cpu":
+            import torch
+
+            gpu.check_identity(self.device, str(torch.cuda.get_device_properties(0).uuid))
         computed = str(self.engine.vllm_config.model_config.dtype).removeprefix("torch.")
         if self._dtype() not in ("auto", computed):
             raise NotRealised(
@@ -207,6 +211,7 @@ class VllmBackend(EngineBase):
             "model.revision": self.facts.revision,
             "model.weights_format": files.weights_format(sources.local_files(self.cell, self.facts)[0]),
             "model.device": self.device,
+            **({"memory.device_source": self.meter.source} if self.meter else {}),
             "model.remote_code": str(self.cell.trust_remote_code).lower(),
             "quant.method": str(settings.model_config.quantization or "none"),
             "quant.kernel": kernels(runner.model),
@@ -311,7 +316,7 @@ class VllmBackend(EngineBase):
     # Device
 
     def device_memory(self, reset: bool = False) -> DeviceMemory | None:
-        if self.device == "cpu":
+        if self.meter is None:
             return None
         import torch
 
@@ -319,7 +324,7 @@ class VllmBackend(EngineBase):
             torch.cuda.memory_allocated(),
             torch.cuda.memory_reserved(),
             torch.cuda.max_memory_reserved(),
-            gpu.process_bytes(os.getpid()),
+            self.meter.read(),
         )
         if reset:
             torch.cuda.reset_peak_memory_stats()

@@ -25,7 +25,7 @@ from ..records.codec import to_json
 from ..records.errors import JournalError, LlmbenchError, MeasurementError, OutOfMemory, WorkerCrashed, WorkerTimeout
 from ..records.redaction import redact, worker_environment
 from ..records.results import MemorySample
-from ..system import cpu_time, memory
+from ..system import cpu_time, gpu, memory
 from ..system.memory import HostMemory
 from . import events, interpreter
 from .events import CellAdded, Event, JobBegun, MemorySampled, Report, ServerLaunched, StageMemory
@@ -141,16 +141,16 @@ def _start(job: WorkerJob, log_file: Path) -> subprocess.Popen[bytes]:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
-            env=_environment(job),
+            env=environment_of(job),
         )
 
 
-def _environment(job: WorkerJob) -> dict[str, str]:
+def environment_of(job: WorkerJob) -> dict[str, str]:
     """Return the worker's environment variables.
 
     They hold no secrets except those that a download or a server needs, set the number of threads, make this package
-    importable, and silence progress bars and telemetry. A server to be launched inherits them, may download, and
-    chooses its own number of threads.
+    importable, silence progress bars and telemetry, and let CUDA count GPUs as the driver does. A server to be launched
+    inherits them, may download, and chooses its own number of threads and order of GPUs.
     """
     cell = job.cells[0]
     downloads = job.task == "prepare" and cell.weights != "random"
@@ -159,6 +159,7 @@ def _environment(job: WorkerJob) -> dict[str, str]:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        **gpu.PCI_ORDER,
     }
     if cell.launch:
         set_by_us = {name: quiet[name] for name in ("PYTHONUNBUFFERED", "HF_HUB_DISABLE_TELEMETRY")}

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from ..records.errors import NotRealised
+
 THROTTLES = {
     0x8: "hardware slowdown",
     0x20: "software thermal slowdown",
@@ -246,6 +248,60 @@ def process_bytes(pid: int) -> int | None:
             if process.pid == pid
         ]
         return sum(filter(None, held)) or None
+
+
+BY_PROCESS = "the driver's figure of the process"
+BY_FREE_MEMORY = "free memory of the driver, lost since before the start"
+BY_ALLOCATOR = "the allocator, without CUDA's context"
+"""Sources of the device memory of a process."""
+
+
+class MemoryMeter:
+    """Device memory of this process as the driver sees it. Make one before the process uses CUDA.
+
+    Where the driver attributes no memory to processes, it is the free memory of the GPU that was lost since then, in
+    which the memory of other processes can be. `source` says which it was at the last reading.
+    """
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.free_before = free_bytes(index)
+        self.source = BY_ALLOCATOR
+
+    def read(self) -> int | None:
+        """Return the bytes; None if the driver tells neither."""
+        held, free = process_bytes(os.getpid()), free_bytes(self.index)
+        if held is not None:
+            self.source = BY_PROCESS
+        elif free is not None and self.free_before is not None:
+            self.source, held = BY_FREE_MEMORY, max(self.free_before - free, 0)
+        else:
+            self.source = BY_ALLOCATOR
+        return held
+
+
+def meter_of(device: str) -> MemoryMeter | None:
+    """Return a meter of a device; None for a CPU."""
+    return MemoryMeter(int(device.partition(":")[2] or 0)) if device.startswith("cuda") else None
+
+
+PCI_ORDER = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+"""Variable of processes that use CUDA, which would count the fastest GPU first. NVML and nvidia-smi count so always."""
+
+
+def check_identity(device: str, uuid: str) -> None:
+    """Raise NotRealised if CUDA's device `device`, which has this UUID, is not the GPU whose readings are taken.
+
+    Energy, memory and clocks would be those of another one. UUIDs of MIG instances are not compared.
+    """
+    visible, index = gpus(), int(device.partition(":")[2] or 0)
+    known = str(visible[index]["uuid"] or "") if index < len(visible) else ""
+    plain = known.removeprefix("GPU-")
+    if known.startswith("GPU-") and plain != uuid.removeprefix("GPU-"):
+        raise NotRealised(
+            f"For CUDA {device} is the GPU {uuid}, and for the driver it is {known}, so readings would be those of "
+            f"another GPU. Give the one to use by its UUID: CUDA_VISIBLE_DEVICES=GPU-{uuid.removeprefix('GPU-')}."
+        )
 
 
 def _foreign(processes: Any) -> int | None:

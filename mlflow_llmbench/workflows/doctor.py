@@ -302,7 +302,12 @@ def _ask(command: Sequence[str], seconds: float) -> tuple[str, str]:
     """Return the last line that a process prints and "", or "" and the reason: its last error line, or the timeout."""
     try:
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds, check=False, env=safe(os.environ)
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=seconds,
+            check=False,
+            env=safe({**os.environ, **gpu.PCI_ORDER}),
         )
     except subprocess.TimeoutExpired:
         return "", f"no answer within {seconds:g} s"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from mlflow_llmbench.records.errors import MissingError
+from mlflow_llmbench.records.errors import MissingError, NotRealised
 from mlflow_llmbench.system import gpu, machine
 
 Nvml = Callable[[str], None]
@@ -230,3 +230,33 @@ def test_memory_that_the_driver_does_not_attribute_is_unknown(nvml: Nvml, size: 
     reading = gpu.read(0)
     assert reading is not None and reading.foreign_processes == 1
     assert gpu.process_bytes(os.getpid()) is None
+
+
+def test_memory_of_a_process_by_the_best_source_that_there_is(nvml: Nvml) -> None:
+    before, after = "memory 100 90 10\n", "memory 100 60 40\n"
+    gpu_line, own = "gpu GPU-1 NVIDIA L4\n", f"process {os.getpid()}"
+    nvml(gpu_line + before)
+    meter = gpu.meter_of("cuda:0")
+    assert meter is not None
+    nvml(f"{gpu_line}{after}{own} 25\n")
+    assert (meter.read(), meter.source) == (25, gpu.BY_PROCESS)
+    nvml(f"{gpu_line}{after}{own} 0\n")
+    assert (meter.read(), meter.source) == (30, gpu.BY_FREE_MEMORY)
+    nvml(gpu_line + "memory 100 95 5\n")  # another process has freed some
+    assert (meter.read(), meter.source) == (0, gpu.BY_FREE_MEMORY)
+    nvml(gpu_line)
+    assert (meter.read(), meter.source) == (None, gpu.BY_ALLOCATOR)
+    assert gpu.meter_of("cpu") is None
+
+
+def test_a_device_that_cuda_counts_otherwise_is_refused(nvml: Nvml, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml(BOTH)
+    gpu.check_identity("cuda:1", "bbbb2222-0000")  # as torch tells it
+    gpu.check_identity("cuda", "GPU-aaaa1111-0000")
+    with pytest.raises(
+        NotRealised, match=r"For CUDA cuda:0 is the GPU bbbb2222-0000, and for the driver it is GPU-aaaa"
+    ):
+        gpu.check_identity("cuda:0", "bbbb2222-0000")
+    nvml(SYSTEM + SMALL + "fail nvmlDeviceGetMemoryInfo 3\n" + DIVIDED + SLICES)
+    gpu.check_identity("cuda:1", "the UUID of an instance")
+    gpu.check_identity("cuda:7", "of a GPU that the driver does not show")

@@ -59,6 +59,7 @@ class TransformersBackend:
         self.cell = cell
         self.facts = model
         self.device = machine.require_device(cell.device)
+        self.meter = gpu.meter_of(self.device)
         self.model: Any = None
         self.tokenizer: Any = None
         self.path: DecodePath | None = None
@@ -114,6 +115,7 @@ class TransformersBackend:
         if not gguf_file:
             files.require_whole(self.facts.name, Path(folder))
         self.weights_format = "gguf" if gguf_file else files.weights_format(folder)
+        self._take_device()
         self.plan = mixed.plan_of(self.cell, self.facts) if self.cell.quant == MIXED else None
         dtype, keywords = self._dtype(), self._load_keywords(gguf_file)
         how, place = (self._recipe(gguf_file, dtype), self.device) if self.plan is None else ({}, "cpu")
@@ -142,6 +144,15 @@ class TransformersBackend:
                 "Say so with quant=bf16, fp16 or fp32, or run it as it is with backend=llama_cpp."
             )
         return self._load_info(self.load_s, found)
+
+    def _take_device(self) -> None:
+        """Make the device the current one of the libraries that ask for no other, and check which GPU it is."""
+        if self.device.startswith("cuda"):
+            import torch
+
+            with foreign_errors("starting CUDA"):
+                torch.cuda.set_device(self.device)
+                gpu.check_identity(self.device, str(torch.cuda.get_device_properties(self.device).uuid))
 
     def _load_assistant(self, dtype: str) -> Any:
         """Load the small model that proposes tokens, in the dtype of the computation; None if the cell has none."""
@@ -204,6 +215,7 @@ class TransformersBackend:
             else "false",
             "model.attention": str(getattr(config, "_attn_implementation", "unknown")),
             "model.device": found.device,
+            **({"memory.device_source": self.meter.source} if self.meter else {}),
             **({} if found.linear_bits is None else {"quant.bits_per_weight": round(found.linear_bits, 3)}),
             "quant.kernel": recipe.kernel(found.linear_classes),
             **quantization.facts(self.cell, self.model),
@@ -392,17 +404,15 @@ class TransformersBackend:
     # Device
 
     def device_memory(self, reset: bool = False) -> DeviceMemory | None:
-        if not self.device.startswith("cuda"):
+        if self.meter is None:
             return None
-        import os
-
         import torch
 
         seen = DeviceMemory(
             torch.cuda.memory_allocated(self.device),
             torch.cuda.memory_reserved(self.device),
             torch.cuda.max_memory_reserved(self.device),
-            gpu.process_bytes(os.getpid()),
+            self.meter.read(),
         )
         if reset:
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -418,6 +428,10 @@ class TransformersBackend:
 
     def close(self) -> None:
         self.model = self.tokenizer = self.path = None
+        if self.cell.decode == "compiled":  # its graphs hold memory
+            import torch
+
+            torch._dynamo.reset()
         self.trim()
 
     def trim(self) -> None:

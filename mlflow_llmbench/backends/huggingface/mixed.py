@@ -370,7 +370,10 @@ def has_bfloat16(device: str) -> bool:
     """Return True if a device computes in bf16 natively."""
     import torch
 
-    return device == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if device == "cpu":
+        return True
+    with torch.cuda.device(device):  # it asks the current one
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 @contextlib.contextmanager

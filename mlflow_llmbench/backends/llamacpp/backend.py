@@ -8,7 +8,6 @@ most probable token of each row.
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Sequence
@@ -70,6 +69,7 @@ class LlamaCppBackend:
         self.facts = model
         self.threads = cell.threads or machine.physical_cores()
         self.device = machine.require_device(cell.device)
+        self.meter = gpu.meter_of(self.device)
         self.file = _path_of(cell, model)
         self.header: gguf_file.Header | None = None
         self.model: Model | None = None
@@ -203,9 +203,6 @@ class LlamaCppBackend:
     def _run_facts(self, model: Model, kind: str) -> dict[str, str | int | float]:
         """Return facts on how llama.cpp runs the model, read from its log."""
         lines = log_lines()
-        offloaded = next(
-            (found[1] for line in lines if (found := re.search(r"offloaded (\d+/\d+) layers", line))), None
-        )
         told = [
             found[1]
             for line in lines
@@ -216,7 +213,9 @@ class LlamaCppBackend:
         )
         return {
             "model.attention": attention,
-            "model.device": f"{self.device}, {offloaded} layers" if offloaded and model.on_gpu else self.device,
+            "model.device": self.device,
+            **(offloaded_in(lines) if model.on_gpu else {}),
+            **({"memory.device_source": self.meter.source} if self.meter else {}),
             "model.memory": ", ".join(f"{name} {size / MIB:.0f} MiB" for name, size in self._buffers.items()),
             "kv_cache.type": kind,
             **({"kv_cache.tokens": self.session.rows * self.session.max_tokens} if self.session else {}),
@@ -330,7 +329,7 @@ class LlamaCppBackend:
 
         The peak is then the highest of the readings.
         """
-        seen = gpu.process_bytes(os.getpid()) if self.device.startswith("cuda") else None
+        seen = self.meter.read() if self.meter else None
         return None if seen is None else DeviceMemory(seen, seen, seen, seen)
 
     def peaks(self) -> dict[str, float]:
@@ -367,6 +366,12 @@ class _History:
     def __init__(self) -> None:
         self.tokens = 0
         self.session: Session | None = None
+
+
+def offloaded_in(lines: Sequence[str]) -> dict[str, str]:
+    """Return how many layers are on the GPU, from llama.cpp's log: `33/33`. Empty if it does not say."""
+    found = [match[1] for line in lines if (match := re.search(r"offloaded (\d+/\d+) layers", line))]
+    return {"model.gpu_layers": found[0]} if found else {}
 
 
 def buffers_in(lines: Sequence[str]) -> dict[str, int]:

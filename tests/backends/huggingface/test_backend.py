@@ -319,3 +319,22 @@ def test_a_checkpoint_that_is_quantized_already_runs_as_it_is(
         assert len(steps_of(backend, 4)) == 4
     with pytest.raises(UsageError, match=r"which is quantized already \(bitsandbytes\)"):
         TransformersBackend.resolve(Cell(model=str(tmp_path / "saved"), quant=quant))
+
+
+def test_closing_drops_compiled_code_and_the_memory_of_its_graphs(tiny_model: Path) -> None:
+    graphs = []
+
+    def keep(graph: Any, _: object) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+    compiled = torch.compile(step, backend=keep)
+    for cell, expected in ((Cell(str(tiny_model)), 1), (Cell(str(tiny_model), decode="compiled"), 2)):
+        backend = TransformersBackend(cell, TransformersBackend.resolve(cell))
+        compiled(torch.ones(2))
+        backend.close()
+        compiled(torch.ones(2))
+        assert len(graphs) == expected

@@ -18,7 +18,13 @@ from mlflow_llmbench.backends.checkpoints import gguf_file, hub, sources
 from mlflow_llmbench.backends.huggingface import scoring
 from mlflow_llmbench.backends.huggingface.backend import TransformersBackend
 from mlflow_llmbench.backends.llamacpp import gguf_convert, gguf_quantize
-from mlflow_llmbench.backends.llamacpp.backend import KV_TYPES, LlamaCppBackend, buffers_in, mapped_weights
+from mlflow_llmbench.backends.llamacpp.backend import (
+    KV_TYPES,
+    LlamaCppBackend,
+    buffers_in,
+    mapped_weights,
+    offloaded_in,
+)
 from mlflow_llmbench.config import model_shape, models
 from mlflow_llmbench.config.cells import config_hash, expand_cells, group_cells
 from mlflow_llmbench.config.spec import parse
@@ -313,6 +319,12 @@ def test_models_whose_ids_mean_other_words_are_told_apart(tmp_path: Path) -> Non
 
 
 # Memory
+
+
+def test_layers_on_the_gpu_are_a_fact_of_their_own() -> None:
+    lines = ["load_tensors: offloading output layer to GPU", "load_tensors: offloaded 33/33 layers to GPU"]
+    assert offloaded_in(lines) == {"model.gpu_layers": "33/33"}  # the device stays a device: cuda:1
+    assert offloaded_in([]) == {}
 
 
 def test_weights_in_the_mapping_are_those_with_no_buffer_of_their_own() -> None:
