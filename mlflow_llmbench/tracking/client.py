@@ -20,7 +20,7 @@ T = TypeVar("T")
 TEXTS = frozenset(
     [
         "create_experiment", "create_logged_model", "create_model_version", "create_registered_model", "create_run",
-        "log_batch", "log_inputs", "set_experiment_tag", "set_tag", "update_run",
+        "log_batch", "log_inputs", "set_experiment_tag", "set_logged_model_tags", "set_tag", "update_run",
     ]
 )  # fmt: skip
 """Methods that write texts. Each text in their arguments is masked."""

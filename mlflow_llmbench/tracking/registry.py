@@ -242,6 +242,7 @@ def _create(store: Store, name: str, result: RunResult, deployment: Deployment) 
     """Log the model with the evidence run as source, create a version of it, and return the version's number."""
     from mlflow.entities import LoggedModelOutput, LoggedModelStatus
     from mlflow.exceptions import MlflowException
+    from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
     client, run_id = store.client, deployment.evidence.run_id
     with contextlib.suppress(MlflowException):
@@ -269,6 +270,9 @@ def _create(store: Store, name: str, result: RunResult, deployment: Deployment) 
     made = client.create_model_version(
         name, source, run_id, tags, description=describe(name, result, deployment), model_id=logged.model_id
     )
+    # The UI shows the versions of a logged model by this tag, which `mlflow.register_model` sets too.
+    versions = json.dumps([{"name": name, "version": str(made.version)}])
+    client.set_logged_model_tags(logged.model_id, {MLFLOW_MODEL_VERSIONS: versions})
     return str(made.version)
 
 

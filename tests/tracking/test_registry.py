@@ -88,7 +88,9 @@ def test_a_version_holds_the_configuration_its_figures_and_its_evidence(
         metrics["throughput/output_tokens_per_s"], rel=1e-5
     )
     assert version.tags["llmbench.config_hash"] == result.hashes.config
-    measured = {one.key: one for one in client.get_logged_model(version.source.removeprefix("models:/")).metrics}
+    model = client.get_logged_model(version.source.removeprefix("models:/"))
+    assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": "support-bot", "version": "1"}]
+    measured = {one.key: one for one in model.metrics}
     assert {key: one.value for key, one in measured.items()} == {key: metrics[key] for key in measured}
     assert {"throughput/output_tokens_per_s", "latency/ttft_ms_p50", "memory/host_needed_gb_peak"} <= measured.keys()
     [prompts] = [given.dataset for given in client.get_run(run_id).inputs.dataset_inputs]
