@@ -14,10 +14,10 @@ from ..analysis.decisions.candidates import MEMORY, Candidate, figure, interval
 from ..analysis.decisions.recommend import GOALS, QUALITY_MEASURES
 from ..analysis.scaling.cells import MEDIAN_TTFT, varied_settings
 from ..analysis.scaling.choices import Choice
+from ..analysis.scaling.claims import CONFIRMED, NOT_CONFIRMED, UNSAID, Claim
 from ..analysis.scaling.deployment import Deployment
 from ..analysis.scaling.findings import Findings
 from ..analysis.scaling.focus import at_focus
-from ..analysis.scaling.paper_claims import CONFIRMED, NOT_CONFIRMED, UNSAID, Claim
 from ..analysis.scaling.study import MEAN_TPOT
 from ..records.codec import to_json
 from ..records.metrics import OUTPUT_RATE
@@ -87,6 +87,7 @@ def sections(found: Findings, drawn: Drawn) -> list[Section]:
         (machine.name, tuple(f"{name}: {value}" for name, value in _environment(found, machine.env)))
         for machine in found.machines
     )
+    judged = [claim for claim in found.claims if claim.measured != "–"]
     rest = tuple((title, _cut(lines)) for title, lines in laws.items() if title != "Laws")
     told = [
         _deployments(found),
@@ -94,8 +95,9 @@ def sections(found: Findings, drawn: Drawn) -> list[Section]:
         Section(
             "The paper's claims",
             _claims_lead(found.claims),
-            claims_table(found.claims),
-            verdicts=tuple((claim.verdict, claim.why) for claim in found.claims),
+            claims_table(judged),
+            verdicts=tuple((claim.verdict, claim.why) for claim in judged),
+            groups=(("Nothing was measured for", _unmeasured(found.claims)),),
         ),
         Section(
             "Choices by model",
@@ -191,10 +193,19 @@ def headline(found: Findings) -> str:
 
 def _claims_lead(claims: Sequence[Claim]) -> str:
     return (
-        "NB & NB, “EffiLLM” (2024). A claim is confirmed if the whole 95 % interval of the measured value lies in its "
-        "range, not confirmed if it lies outside, and cannot be said if it crosses an end. The verdicts hold for this "
-        "hardware, this software and these models."
+        "NB & NB, “EffiLLM” (2024), and Databricks' notes on LLM inference where named. A claim is confirmed if the "
+        "whole 95 % interval of the measured value lies in its range, not confirmed if it lies outside, and cannot be "
+        "said if it crosses an end. The verdicts hold for this hardware, this software and these models."
     )
+
+
+def _unmeasured(claims: Sequence[Claim]) -> tuple[str, ...]:
+    """Return the claims without a measured value, together where they need the same."""
+    by_need: dict[str, list[str]] = {}
+    for claim in claims:
+        if claim.measured == "–":
+            by_need.setdefault(claim.why, []).append(claim.said)
+    return tuple(f"{'; '.join(said)}. {need}" for need, said in by_need.items())
 
 
 def claims_table(claims: Sequence[Claim]) -> Table:
@@ -401,9 +412,9 @@ def format_study(found: Findings) -> str:
         deploy += [f"- Left out: {line}" for line in _left_out(found.deployments)]
         blocks.append("\n".join(["What to deploy:", *deploy]))
     blocks += ["\n".join([f"{title}:", *(f"- {line}" for line in lines)]) for title, lines in found.sentences.items()]
-    claims = [
-        f"- {c.said} ({c.range}): {c.verdict}. {c.why if c.measured == '–' else f'{c.measured}.'}" for c in found.claims
-    ]
+    judged = [c for c in found.claims if c.measured != "–"]
+    claims = [f"- {c.said} ({c.range}): {c.verdict}. {c.measured}." for c in judged]
+    claims += [f"- {UNSAID.capitalize()}: {line}" for line in _unmeasured(found.claims)]
     blocks.append("\n".join(["The paper's claims:", *claims]))
     if found.choices:
         table = choices_table(found.choices)

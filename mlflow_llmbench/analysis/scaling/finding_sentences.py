@@ -14,8 +14,9 @@ from ...records.text import number_text
 from ..comparison import RATE
 from ..decisions.candidates import candidates, figure
 from .cells import MEDIAN_TTFT, Measured, describe, grouped, varied_settings
+from .claims import Estimate, pooled
 from .focus import Focus, Machine, at_focus, labels, with_interval
-from .paper_claims import Estimate, QuantEffect, pooled
+from .paper_claims import QuantEffect
 from .study import MEAN_TPOT, ScalingStudy
 from .tradeoffs import Ratio, ratio
 

@@ -17,6 +17,7 @@ from ..decisions.dominance import Judge
 from ..summary import hardware_name
 from .cells import Measured, models_text, select_usable
 from .choices import Choice, choices_by_model
+from .claims import Claim
 from .deployment import Deployment, deployments
 from .finding_sentences import (
     Across,
@@ -31,7 +32,7 @@ from .finding_sentences import (
     size_sentences,
 )
 from .focus import Focus, Machine, choose_focus, find_machines
-from .paper_claims import Claim, QuantEffect, judge_claims, quant_effects
+from .paper_claims import QuantEffect, judge_claims, quant_effects
 from .study import ScalingStudy, study_scaling
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from statistics import mean
 
 from ...records.errors import NotFitted
+from ...records.metrics import E2E
 from ...stats import coefficient_of_variation
 from ..comparison import DEVICE_PEAK, HOST_PEAK, RATE
 from .cells import MEDIAN_TTFT, Measured, grouped
@@ -71,6 +72,10 @@ LAWS = (
         line("L = α + β·size", "α", "β"),
         (power("L = a·size^c", "a", "c"),),
         "β"),
+    Law("e2e_by_size", "end-to-end latency against model size", E2E.key("p50"), "ms", "parameters", MODEL,
+        power("L = a·size^p", "a", "p"),
+        (line("L = α + β·size", "α", "β"),),
+        "p", (0.0, 1.0)),
     Law("latency_by_batch", "time to first token against batch size", MEDIAN_TTFT, "ms", "batch_size", ("batch_size",),
         power("L = L₁·b^φ", "L₁", "φ"),
         (line("L = a + c·b", "a", "c"), constant("L = a", "a")),

@@ -1,70 +1,39 @@
-"""Check the claims of the EffiLLM paper against measurements: confirmed, not confirmed, or undecided.
-
-A claim is a range, a measured value has a 95 % interval. An interval inside the range confirms the claim, one outside
-does not, and one that crosses an end of the range leaves it undecided. A claim that is one number means that number
-± `EXACT`.
-"""
+"""Check the claims of the EffiLLM paper, and of Databricks' notes on LLM inference, against measurements."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from statistics import fmean, median
+from statistics import median
 
-from ...stats import t_interval
 from ..comparison import RATE
 from . import memory_account, tradeoffs
 from .cells import Measured, grouped
+from .claims import (
+    CONFIRMED,
+    NOT_CONFIRMED,
+    UNSAID,
+    Claim,
+    around,
+    count_text,
+    judge_range,
+    pooled,
+    range_text,
+    rests_text,
+)
 from .fitting import Parameter
 from .law_sentences import paper_range
 from .laws import LawFit
 from .memory_account import Reduction
 from .study import ScalingStudy, quant_groups
 from .tradeoffs import Ratio
-
-CONFIRMED, NOT_CONFIRMED, UNSAID = "confirmed", "not confirmed", "cannot be said here"
-
-EXACT = 0.05
-"""Relative tolerance of a claim that is one number."""
-
-LEAST_MODELS = 3
-"""Least number of models to pool an effect over models; with fewer it is pooled over groups of cells."""
+from .trend_claims import trend_claims
 
 BATCHES = (4, 16)
 """The paper's range of the best batch size per instance."""
 
 GPTQ = "gptq"
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A pooled effect: geometric mean, 95 % interval, lowest and highest value.
-
-    The mean is over `count` `units`: `models`, `groups` or `repetitions`. The interval is None for one value without
-    repetitions.
-    """
-
-    value: float
-    low: float | None
-    high: float | None
-    count: int
-    units: str
-    least: float
-    most: float
-
-    def __str__(self) -> str:
-        interval = "" if self.low is None or self.high is None else f" ({self.low:.3g} to {self.high:.3g})"
-        return f"{self.value:.3g}{interval}"
-
-    @property
-    def spread(self) -> str:
-        """The lowest and the highest value as text; empty for one value."""
-        return (
-            ""
-            if self.count == 1 and self.units == "repetitions"
-            else f"from {self.least:.3g} to {self.most:.3g} in single cells"
-        )
 
 
 @dataclass(frozen=True)
@@ -87,18 +56,6 @@ class QuantEffect:
         return self.memory.theory == 1 - (memory_account.nominal_bits(self.quant) or 16) / 16
 
 
-@dataclass(frozen=True)
-class Claim:
-    """One claim: the paper's statement, its range as text, the measured value, the verdict, and the reason for it."""
-
-    key: str
-    said: str
-    range: str
-    measured: str
-    verdict: str
-    why: str
-
-
 def quant_effects(cells: Sequence[Measured]) -> list[QuantEffect]:
     """Return the effect of every quantized cell that has a reference."""
     found = []
@@ -111,40 +68,12 @@ def quant_effects(cells: Sequence[Measured]) -> list[QuantEffect]:
     return found
 
 
-def pooled(effects: Sequence[tuple[str, Ratio]]) -> Estimate:
-    """Pool the ratios of several cells: geometric mean, and Student's interval on the logarithms.
-
-    `effects`: (model, ratio), at least one. Cells of one model are not independent, so each model gives one value if
-    there are at least `LEAST_MODELS` models.
-    """
-    values = [effect.value for _, effect in effects]
-    by_model: dict[str, list[float]] = {}
-    for model, effect in effects:
-        by_model.setdefault(model, []).append(math.log(effect.value))
-    whole = len(by_model) >= LEAST_MODELS
-    logs = [fmean(found) for found in by_model.values()] if whole else [math.log(value) for value in values]
-    units = "models" if whole else "groups"
-    if len(values) == 1:
-        only = effects[0][1]
-        return Estimate(only.value, only.low, only.high, 1, "repetitions", only.value, only.value)
-    ends = t_interval(logs)
-    low, high = (math.exp(ends[0]), math.exp(ends[1])) if ends else (None, None)
-    return Estimate(math.exp(fmean(logs)), low, high, len(logs), units, min(values), max(values))
-
-
-def judge_range(low: float | None, high: float | None, claimed: tuple[float, float]) -> str:
-    """Return the verdict on a claimed range, given the measured interval; an end of None is unknown."""
-    least, most = -math.inf if low is None else low, math.inf if high is None else high
-    if claimed[0] <= least and most <= claimed[1]:
-        return CONFIRMED
-    return NOT_CONFIRMED if most < claimed[0] or least > claimed[1] else UNSAID
-
-
 def judge_claims(study: ScalingStudy, cells: Sequence[Measured]) -> list[Claim]:
     """Judge all claims of the paper, in its order, even if nothing was measured for them."""
     effects = [effect for effect in quant_effects(cells) if effect.from_16_bits]
     claims = [*_quantization_claims(effects), _between_claim(cells), _batch_claim(study)]
-    return [*claims, *(_exponent_claim(study, *row) for row in EXPONENTS), *_memory_claims(study), *_form_claims(study)]
+    claims += [*(_exponent_claim(study, *row) for row in EXPONENTS), *_memory_claims(study), *_form_claims(study)]
+    return [*claims, *trend_claims(study, cells)]
 
 
 def _quantization_claims(effects: Sequence[QuantEffect]) -> Iterator[Claim]:
@@ -193,7 +122,7 @@ def _quantization_claims(effects: Sequence[QuantEffect]) -> Iterator[Claim]:
             yield Claim(
                 key,
                 said,
-                _range(claimed),
+                range_text(claimed),
                 "–",
                 UNSAID,
                 f"No cell of {quant} was measured together with a 16-bit cell that differs only in quantization.",
@@ -201,39 +130,12 @@ def _quantization_claims(effects: Sequence[QuantEffect]) -> Iterator[Claim]:
             continue
         estimate = pooled(found)
         inside = sum(claimed[0] <= ratio.value <= claimed[1] for _, ratio in found)
-        parts = [f"{inside} of {_count(len(found), 'cell')} lie in the range", estimate.spread, _rests(estimate)]
+        lying = f"{inside} of {count_text(len(found), 'cell')} lie in the range"
+        parts = [lying, estimate.spread, rests_text(estimate)]
         why = f"{'; '.join(filter(None, parts))}."
         yield Claim(
-            key, said, _range(claimed), f"{estimate} {what}", judge_range(estimate.low, estimate.high, claimed), why
+            key, said, range_text(claimed), f"{estimate} {what}", judge_range(estimate.low, estimate.high, claimed), why
         )
-
-
-def _rests(estimate: Estimate) -> str:
-    if estimate.low is None:
-        return "there is no interval"
-    return (
-        f"the interval is over {estimate.count} {estimate.units}"
-        if estimate.units != "repetitions"
-        else "the interval is over repetitions"
-    )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def around(value: float) -> tuple[float, float]:
-    """Turn a claim that is one number into a range."""
-    return value * (1 - EXACT), value * (1 + EXACT)
-
-
-def _range(claimed: tuple[float, float]) -> str:
-    middle = (claimed[0] + claimed[1]) / 2
-    return (
-        f"{middle:g} ± {EXACT:.0%}".replace("%", " %")
-        if claimed == around(middle)
-        else f"{claimed[0]:g} to {claimed[1]:g}"
-    )
 
 
 def _between_claim(cells: Sequence[Measured]) -> Claim:
@@ -263,7 +165,7 @@ def _between_claim(cells: Sequence[Measured]) -> Claim:
         claimed,
         f"{eight} of INT8, {four} of INT4",
         verdict,
-        f"{_rests(eight)[:1].upper()}{_rests(eight)[1:]}.",
+        f"{rests_text(eight)[:1].upper()}{rests_text(eight)[1:]}.",
     )
 
 
@@ -278,8 +180,8 @@ def _batch_claim(study: ScalingStudy) -> Claim:
     verdict = CONFIRMED if inside == len(best) else NOT_CONFIRMED if outside * 2 > len(best) else UNSAID
     sizes = sorted({batch.optimal.per_instance for batch in study.batches})
     why = (
-        f"By Welch's test, the best sizes lie in the range in {inside} of {_count(len(best), 'group')} and outside it "
-        f"in {outside}; otherwise sizes inside and outside are equally good."
+        f"By Welch's test, the best sizes lie in the range in {inside} of {count_text(len(best), 'group')} and outside "
+        f"it in {outside}; otherwise sizes inside and outside are equally good."
     )
     return Claim("best_batch", said, claimed, f"best: {', '.join(map(str, sizes))}", verdict, why)
 
@@ -289,6 +191,7 @@ EXPONENTS = (
     ("throughput_by_length", "Throughput falls with prompt length as s^(−μ)", (0.2, 0.5)),
     ("latency_by_batch", "Time to first token grows with batch size as b^φ", (0.2, 0.5)),
     ("latency_by_length", "Time to first token grows with prompt length as s^ω", (0.5, 1.0)),
+    ("e2e_by_size", "The whole latency grows more slowly than the model's size (Databricks)", (0.0, 1.0)),
 )
 
 
@@ -316,9 +219,8 @@ def _paper_bytes(law: LawFit) -> float | None:
 def _parameter_claim(key: str, said: str, laws: Sequence[LawFit], claimed: tuple[float, float]) -> Claim:
     """Judge the main parameter of a law; the majority of the groups that it was fitted to decides."""
     if not laws:
-        return Claim(
-            key, said, _range(claimed), "–", UNSAID, "The law could not be fitted: too few cells differ only in this."
-        )
+        why = "The law could not be fitted: too few cells differ only in this."
+        return Claim(key, said, range_text(claimed), "–", UNSAID, why)
     found = [law.fit.parameter(law.law.main) for law in laws]
     verdicts = [judge_range(one.low, one.high, claimed) for one in found]
     counts = {word: verdicts.count(word) for word in (CONFIRMED, NOT_CONFIRMED, UNSAID)}
@@ -326,10 +228,10 @@ def _parameter_claim(key: str, said: str, laws: Sequence[LawFit], claimed: tuple
     refuted = sum(law.refuted for law in laws)
     parts = [
         f"inside in {counts[CONFIRMED]}, outside in {counts[NOT_CONFIRMED]}, undecided in {counts[UNSAID]} "
-        f"of {_count(len(found), 'group')}"
+        f"of {count_text(len(found), 'group')}"
     ]
     parts += [f"in {refuted} the cells deviate from the law by more than their repetitions scatter"] if refuted else []
-    return Claim(key, said, _range(claimed), _parameters(found), majority, f"The interval lies {'; '.join(parts)}.")
+    return Claim(key, said, range_text(claimed), _parameters(found), majority, f"The interval lies {'; '.join(parts)}.")
 
 
 def _parameters(found: Sequence[Parameter]) -> str:
@@ -364,11 +266,11 @@ def _form_claims(study: ScalingStudy) -> Iterator[Claim]:
         verdict = (
             CONFIRMED if nearest == len(laws) and not refuted else NOT_CONFIRMED if nearest * 2 < len(laws) else UNSAID
         )
-        shown = f"nearest in {nearest} of {_count(len(laws), 'group')}" + (
+        shown = f"nearest in {nearest} of {count_text(len(laws), 'group')}" + (
             f", else {', '.join(others)}" if others else ""
         )
         why = (
-            f"In {refuted} of {_count(len(laws), 'group')} the cells deviate from it by more than their repetitions "
-            "scatter."
+            f"In {refuted} of {count_text(len(laws), 'group')} the cells deviate from it by more than their "
+            "repetitions scatter."
         )
         yield Claim(f"{key}_form", said, "the nearest curve", shown, verdict, why)

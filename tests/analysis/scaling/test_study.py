@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from mlflow_llmbench.analysis.scaling import paper_claims
+from mlflow_llmbench.analysis.scaling import claims
+from mlflow_llmbench.analysis.scaling.claims import CONFIRMED, NOT_CONFIRMED, UNSAID, Claim
 from mlflow_llmbench.analysis.scaling.findings import Findings, find
 from mlflow_llmbench.analysis.scaling.focus import labels
-from mlflow_llmbench.analysis.scaling.paper_claims import CONFIRMED, NOT_CONFIRMED, UNSAID, Claim
 from mlflow_llmbench.analysis.scaling.tradeoffs import Ratio
 from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.errors import UsageError
@@ -86,19 +86,19 @@ def claim(found: Findings, key: str) -> Claim:
      (0.96, None, NOT_CONFIRMED), (0.92, None, UNSAID), (None, 0.8, NOT_CONFIRMED)],
 )  # fmt: skip
 def test_an_interval_confirms_refutes_or_says_nothing(low: float | None, high: float | None, verdict: str) -> None:
-    assert paper_claims.judge_range(low, high, (0.90, 0.95)) == verdict
+    assert claims.judge_range(low, high, (0.90, 0.95)) == verdict
 
 
 def test_models_are_the_units_of_a_pooled_effect_where_there_are_enough() -> None:
     def effects(*models: str) -> list[tuple[str, Ratio]]:
         return [(model, Ratio("int8", value, value * 0.99, value * 1.01)) for model in models for value in (0.8, 0.9)]
 
-    two, three = paper_claims.pooled(effects("a", "b")), paper_claims.pooled(effects("a", "b", "c"))
+    two, three = claims.pooled(effects("a", "b")), claims.pooled(effects("a", "b", "c"))
     assert (two.units, two.count, three.units, three.count) == ("groups", 4, "models", 3)
     assert two.value == pytest.approx((0.8 * 0.9) ** 0.5)
     assert three.low == pytest.approx(three.value)  # each model gives the same
     assert (three.least, three.most) == (0.8, 0.9)
-    alone = paper_claims.pooled([("a", Ratio("int8", 0.9, 0.88, 0.93))])
+    alone = claims.pooled([("a", Ratio("int8", 0.9, 0.88, 0.93))])
     assert (alone.low, alone.high, alone.units) == (0.88, 0.93, "repetitions")
 
 

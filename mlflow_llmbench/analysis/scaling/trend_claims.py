@@ -1,0 +1,203 @@
+"""Check claims that compare laws or figures with each other, and those of Databricks' notes on LLM inference.
+
+Each pair of groups of cells differs in one thing, such as the model's size. The difference of two fitted parameters has
+the interval of MOVER (Zou & Donner, Statistics in Medicine 27, 2008), which combines the intervals of both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+from ...records.cell import Cell
+from ...records.metrics import E2E, MBU, TTFT, peak_memory
+from ...records.quantizations import FLOAT_DTYPES
+from ..comparison import UNNAMED
+from .cells import Measured, grouped
+from .claims import CONFIRMED, NOT_CONFIRMED, UNSAID, Claim, count_text, judge_range, pooled, rests_text
+from .fitting import Parameter
+from .laws import MODEL, LawFit
+from .study import ScalingStudy
+from .tradeoffs import Ratio
+
+Triple = tuple[float, float, float]
+"""A value with the ends of its 95 % interval."""
+
+NEAR = 0.10
+"""Relative tolerance of "near"."""
+
+EXTRA_TOKENS = (512, 8)
+"""Databricks: so many more prompt tokens cost less than so many more output tokens."""
+
+
+def trend_claims(study: ScalingStudy, cells: Sequence[Measured]) -> list[Claim]:
+    """Judge these claims, even if nothing was measured for them."""
+    by_batch, by_length = _laws(study, "throughput_by_batch"), _laws(study, "throughput_by_length")
+    positive, negative = (0.0, math.inf), (-math.inf, 0.0)
+    return [
+        _differences(
+            "batching_by_size", "Larger models gain more from batching", "β of the largest − β of the smallest above 0",
+            _ends(by_batch, MODEL, lambda m: m.variable("parameters")), positive,
+            "cells of two models at several batch sizes",
+        ),
+        _differences(
+            "length_by_size", "The throughput of larger models falls more with the prompt length",
+            "μ of the largest − μ of the smallest above 0",
+            _ends(by_length, MODEL, lambda m: m.variable("parameters")), positive,
+            "cells of two models at several prompt lengths",
+        ),
+        _differences(
+            "batching_by_length", "The gain of batching shrinks with the prompt length",
+            "β of the longest − β of the shortest below 0",
+            _ends(by_batch, ("prompt_tokens",), lambda m: m.variable("prompt_tokens")), negative,
+            "cells at several batch sizes and two prompt lengths",
+        ),
+        _differences(
+            "length_over_batch", "Time to first token grows more with length than with batch size", "ω − φ above 0",
+            _omega_and_phi(study), positive, "cells at three prompt lengths and two batch sizes of one model",
+        ),
+        _gptq_memory(cells),
+        _decode_share(cells),
+        _prompt_against_output(study),
+        _bandwidth(cells),
+        Claim(
+            "continuous_batching", "Continuous batching brings 10 to 20 times the throughput (Databricks)", "10 to 20",
+            "–", UNSAID, "A study uses batches of one shape. Compare `llmbench run --batching static,continuous`.",
+        ),
+        Claim(
+            "consumer_cost", "Consumer hardware is the cheapest per token", "cost ÷ that of a data centre's below 1",
+            "–", UNSAID, "It needs results of both kinds of hardware, each with its price.",
+        ),
+    ]  # fmt: skip
+
+
+def _laws(study: ScalingStudy, key: str) -> list[LawFit]:
+    return [law for law in study.laws if law.law.key == key]
+
+
+def _settings(cell: Cell, without: Sequence[str]) -> tuple[object, ...]:
+    """Return the settings that two groups of cells have in common."""
+    fields = [f.name for f in dataclasses.fields(Cell) if f.name not in (*UNNAMED, *without)]
+    return tuple(getattr(cell, name) for name in fields)
+
+
+def _ends(laws: Sequence[LawFit], varied: Sequence[str], of: Callable[[Measured], float | None]) -> list[Triple]:
+    """Return the main parameter at the highest value of `of` − that at the lowest, for groups alike otherwise."""
+    alike: dict[tuple[object, ...], list[tuple[float, Parameter]]] = {}
+    for law in laws:
+        first = law.cells[0]
+        value = of(first)
+        if value is not None:
+            key = (first.result.hashes.env, *_settings(first.cell, (*varied, *law.law.free_settings)))
+            alike.setdefault(key, []).append((value, law.fit.parameter(law.law.main)))
+    pairs = [(max(group, key=lambda pair: pair[0]), min(group, key=lambda pair: pair[0])) for group in alike.values()]
+    found = [_difference(high[1], low[1]) for high, low in pairs if high[0] > low[0]]
+    return [one for one in found if one]
+
+
+def _omega_and_phi(study: ScalingStudy) -> list[Triple]:
+    """Return ω − φ of each model and quantization, at the smallest batch size and the shortest prompt."""
+    shape = ("batch_size", "prompt_tokens")
+
+    def first(key: str, name: str) -> dict[tuple[object, ...], Parameter]:
+        laws = sorted(_laws(study, key), key=lambda law: law.cells[0].variable(name) or 0.0, reverse=True)
+        return {
+            (law.cells[0].result.hashes.env, *_settings(law.cells[0].cell, shape)): law.fit.parameter(law.law.main)
+            for law in laws
+        }
+
+    omegas, phis = first("latency_by_length", "batch_size"), first("latency_by_batch", "prompt_tokens")
+    found = [_difference(omega, phis[key]) for key, omega in omegas.items() if key in phis]
+    return [one for one in found if one]
+
+
+def _difference(a: Parameter, b: Parameter) -> Triple | None:
+    """Return a − b with its interval (MOVER), None if an end of either is not determined."""
+    if a.low is None or a.high is None or b.low is None or b.high is None:
+        return None
+    value = a.value - b.value
+    below = math.hypot(a.value - a.low, b.high - b.value)
+    above = math.hypot(a.high - a.value, b.value - b.low)
+    return value, value - below, value + above
+
+
+def _differences(
+    key: str, said: str, claimed: str, found: Sequence[Triple], bounds: tuple[float, float], needs: str
+) -> Claim:
+    """Judge differences of several pairs; the majority of the pairs decides."""
+    if not found:
+        return Claim(key, said, claimed, "–", UNSAID, f"It needs {needs}.")
+    return _majority(key, said, claimed, found, bounds, "pair")
+
+
+def _majority(
+    key: str, said: str, claimed: str, found: Sequence[Triple], bounds: tuple[float, float], noun: str
+) -> Claim:
+    verdicts = [judge_range(low, high, bounds) for _, low, high in found]
+    counts = {word: verdicts.count(word) for word in (CONFIRMED, NOT_CONFIRMED, UNSAID)}
+    verdict = next((word for word, count in counts.items() if count * 2 > len(found)), UNSAID)
+    values = sorted(value for value, _, _ in found)
+    shown = f"{values[0]:.3g}" if len(values) == 1 else f"{values[0]:.3g} to {values[-1]:.3g}"
+    why = (
+        f"The interval lies inside in {counts[CONFIRMED]}, outside in {counts[NOT_CONFIRMED]}, undecided in "
+        f"{counts[UNSAID]} of {count_text(len(found), noun)}."
+    )
+    return Claim(key, said, claimed, shown, verdict, why)
+
+
+def _pool(
+    key: str, said: str, claimed: str, found: Sequence[tuple[str, Ratio]], bounds: tuple[float, float], needs: str
+) -> Claim:
+    """Judge one figure of many cells by its mean over models, or groups of cells."""
+    if not found:
+        return Claim(key, said, claimed, "–", UNSAID, f"It needs {needs}.")
+    estimate = pooled(found)
+    parts = [part for part in (estimate.spread, rests_text(estimate)) if part]
+    why = "; ".join(parts)
+    verdict = judge_range(estimate.low, estimate.high, bounds)
+    return Claim(key, said, claimed, str(estimate), verdict, f"{why[:1].upper()}{why[1:]}.")
+
+
+def _gptq_memory(cells: Sequence[Measured]) -> Claim:
+    found = []
+    for _, group in grouped(cells, ("quant", "group_size")):
+        by_quant = {measured.cell.quant: peak_memory(measured.metrics) for measured in group}
+        gptq, int4 = by_quant.get("gptq"), by_quant.get("int4")
+        if gptq and int4:
+            found.append((group[0].cell.model, Ratio("gptq", gptq / int4, None, None)))
+    said, claimed = "GPTQ takes about the memory of INT4", f"GPTQ ÷ INT4 within {1 - NEAR:g} to {1 + NEAR:g}"
+    return _pool("gptq_memory", said, claimed, found, (1 - NEAR, 1 + NEAR), "cells of gptq and int4 that are alike")
+
+
+def _decode_share(cells: Sequence[Measured]) -> Claim:
+    found = []
+    for measured in cells:
+        first, whole = measured.metrics.get(TTFT.key("mean")), measured.metrics.get(E2E.key("mean"))
+        if first and whole and whole > first:
+            found.append((measured.cell.model, Ratio("", 1 - first / whole, None, None)))
+    return _pool(
+        "output_dominates", "The output length dominates the latency (Databricks)",
+        "share of the time after the first token, 0.5 to 1", found, (0.5, 1.0), "cells with several output tokens",
+    )  # fmt: skip
+
+
+def _prompt_against_output(study: ScalingStudy) -> Claim:
+    prompt, output = EXTRA_TOKENS
+    scaled = [(one.exchange.equal_output, prompt / one.exchange.prompt_tokens) for one in study.exchanges]
+    found = [(value * factor, low * factor, high * factor) for (value, low, high), factor in scaled]
+    said = f"{prompt} more prompt tokens cost less than {output} more output tokens (Databricks)"
+    claimed = f"as much as 0 to {output} output tokens"
+    if not found:
+        return Claim("prompt_cost", said, claimed, "–", UNSAID, "It needs cells that differ in prompt length alone.")
+    return _majority("prompt_cost", said, claimed, found, (0.0, float(output)), "group")
+
+
+def _bandwidth(cells: Sequence[Measured]) -> Claim:
+    plain = [m for m in cells if m.cell.batch_size == 1 and (m.cell.quant == "none" or m.cell.quant in FLOAT_DTYPES)]
+    found = [(m.cell.model, Ratio("", value, None, None)) for m in plain if (value := m.metrics.get(MBU.key()))]
+    return _pool(
+        "bandwidth_bound", "Memory bandwidth decides the speed of decoding at batch size 1 (Databricks)",
+        "half of the measured bandwidth or more: 0.5 to 1", found, (0.5, 1.0),
+        "unquantized cells at batch size 1 whose weights are larger than the caches",
+    )  # fmt: skip
