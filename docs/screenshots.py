@@ -132,7 +132,7 @@ def pages(uri: str, experiment: str) -> dict[str, tuple[str, int, str]]:
     cells = client.search_runs(
         [found.experiment_id],
         json.loads(views[view_id]["state"])["searchFilter"],
-        order_by=[f"metrics.`{view.THROUGHPUT}` DESC"],
+        order_by=[f"metrics.`{view.OUTPUT_RATE.key()}` DESC"],
     )
     measured = [run.info.run_id for run in cells if run.data.tags.get("llmbench.outcome") == "ok"]
     if not measured:

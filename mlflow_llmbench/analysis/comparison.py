@@ -142,7 +142,8 @@ class Comparison:
         return f"<Comparison of {self.name_b} with {self.name_a}: {sentence(self)}>"
 
     def _repr_html_(self) -> str:
-        return f"<p><b>{html.escape(sentence(self))}</b></p>{self.to_pandas().to_html(float_format='{:.4g}'.format)}"
+        table = self.to_pandas().to_html(float_format="{:.4g}".format, na_rep="–")
+        return f"<p><b>{html.escape(sentence(self))}</b></p>{table}"
 
 
 COMPARED = shown_in(Compared)

@@ -18,7 +18,7 @@ from ..records.errors import StoreAway, first_line
 from ..records.redaction import redact
 from ..records.results import RunResult
 from ..reports.result import Row
-from ..tracking import runs, search
+from ..tracking import runs, search, view
 from ..tracking.explanations import reason
 from ..tracking.reach import GOES_ON, answers, is_told
 from ..tracking.store import address_of, open_store
@@ -145,6 +145,9 @@ class RunRecorder:
         job.uploaded = bool(self._call_store(job.name, send))
         if not job.uploaded:
             self.end(job.run_id, "error")
+        elif self.parent_name is None:
+            has_device = bool(result.memory.device)
+            self._call_store("the view", lambda store: view.publish_single_runs(store, has_device))
 
     def upload_between(self, job: Job, result: RunResult) -> None:
         """Log the figures of a finished cell on its run while its group goes on, if the store answers quickly.

@@ -27,6 +27,7 @@ from ..measure.outcome import GroupOutcome, replay
 from ..measure.own_files import only_own_files
 from ..records import reading
 from ..records.errors import JournalError, UsageError, first_line
+from ..records.metrics import PEAK_MEMORY
 from ..records.redaction import redact
 from ..records.results import Failure, RunResult
 from ..records.verdicts import OUTCOMES
@@ -189,6 +190,8 @@ def complete(root: Path, store: Store, until: float | None = None) -> Uploaded:
             done.completed += 1
     if until is None and done.parent_id:
         _complete_parent(root, store, parent, measured, found_across.figures, outcome, done)
+    elif until is None and (done.new or done.completed):
+        view.publish_single_runs(store, any(PEAK_MEMORY[0] in row.metrics for row, _ in measured))
     return done
 
 

@@ -48,6 +48,9 @@ CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
 
 REFERENCE = re.compile(r"models:/([^/:@]+)(?:@([\w-]+)|/(\d+))")
 RECOMMENDATION = "recommendation.json"
+RECOMMENDED = "llmbench.recommended"
+"""Tag of the run that a recommendation has chosen, with the goal."""
+
 SERVING_CODE = "serving_model.py"
 
 
@@ -70,6 +73,17 @@ def parent_of_sweep(store: Store, sweep: str) -> str | None:
     """Return a sweep's parent run, or its only run if it had one cell. None if the store has no run of it."""
     tops = [run for run in runs_of_sweep(store, sweep) if PARENT_TAG not in run.data.tags] if sweep else []
     return str(tops[0].info.run_id) if tops else None
+
+
+def mark_recommended(store: Store, sweep: str, config_hash: str, goal: str) -> None:
+    """Tag the run of a sweep's cell as recommended for a goal, and no other run of the sweep."""
+    chosen = run_of(store, sweep, config_hash)
+    with plain_errors(store.uri):
+        for run in runs_of_sweep(store, sweep):
+            if RECOMMENDED in run.data.tags and run.info.run_id != chosen:
+                store.client.delete_tag(run.info.run_id, RECOMMENDED)
+    if chosen:
+        set_tags(store, chosen, {"recommended": goal})
 
 
 def run_of(store: Store, sweep: str, config_hash: str) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import shlex
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
 
 PARENT_TAG = "mlflow.parentRunId"
 TABLES_TAG = "mlflow.loggedArtifacts"  # MLflow's own, which `log_table` sets
+
+DARKER, MOST_DOUBLINGS = 0.84, 8
+"""Share of brightness that a doubling of rows leaves, and after how many doublings it gets no darker."""
 
 GENERATED_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")
 """Run names that MLflow generates. Only these are replaced; a name that a person gave is kept."""
@@ -228,7 +232,15 @@ def cell_tags(result: RunResult, verdict: Verdict) -> dict[str, str]:
         "failure": f"{result.failure.stage}: {result.failure.message}" if result.failure else None,
     }
     found = {f"llmbench.{key}": redact(str(value))[:5000] for key, value in tags.items() if value}
-    return found | {"mlflow.runColor": COLOURS.get(result.cell.quant, COLOURS["none"])}
+    return found | {"mlflow.runColor": run_color(result.cell)}
+
+
+def run_color(cell: Cell) -> str:
+    """Return the colour of a run in charts: that of its quantization, darker with each doubling of rows or users."""
+    base = COLOURS.get(cell.quant, COLOURS["none"])
+    load = cell.concurrency if cell.scenario == "online" else cell.batch_size
+    left = DARKER ** min(math.log2(load), MOST_DOUBLINGS)
+    return "#" + "".join(f"{round(int(base[at : at + 2], 16) * left):02x}" for at in (1, 3, 5))
 
 
 def _quant_package(result: RunResult) -> str:

@@ -42,6 +42,13 @@ MOST_VIEWS = 30
 REFERENCES = ("none", "fp32", "bf16", "fp16")
 """Values of `quant` without quantization; the baseline run is chosen among them."""
 
+SINGLE_VIEW = f"{OURS}single-runs"
+SINGLE_RUNS = "tags.`mlflow.parentRunId` IS NULL AND tags.`llmbench.config_hash` LIKE '%'"
+"""Id of the view of runs that were made one by one, and the filter that finds them."""
+
+SINGLE_SETTINGS = ("model", "quant", "batch_size", "prompt_tokens", "output_tokens")
+"""Parameters in which such runs are expected to differ."""
+
 SYSTEM = "system"
 """Prefix of the metrics that the UI shows as its System metrics."""
 
@@ -53,7 +60,7 @@ def comparison_view(
 ) -> State:
     """Return the state of the runs page for a sweep over `varied`: charts in sections, columns, order and filter.
 
-    Shows the cells of `parent_id`, or all runs of the experiment without it, sorted by throughput, best first.
+    Shows the cells of `parent_id`, or without it the runs that belong to no sweep, sorted by throughput, best first.
     """
     device_peak, host_peak = PEAK_MEMORY
     memory = device_peak if has_device else host_peak
@@ -75,6 +82,7 @@ def comparison_view(
     columns = [
         *(f"params.`{name}`" for name in names),
         "tags.`llmbench.verdict`",
+        "tags.`llmbench.recommended`",
         *(f"metrics.`{key}`" for key in shown),
         "tags.`llmbench.outcome`",
     ]
@@ -85,12 +93,17 @@ def comparison_view(
         "hideEmptyCharts": True,
         "selectedColumns": columns,
         "columnOrder": columns,
-        "columnWidths": {column: min(140, max(70, 7 * len(column) - 40)) for column in columns},
+        "columnWidths": {column: _width(column) for column in columns},
         "runsHiddenMode": "SHOW_ALL",
-        "searchFilter": f"tags.`mlflow.parentRunId` = '{parent_id}'" if parent_id else "",
+        "searchFilter": f"tags.`mlflow.parentRunId` = '{parent_id}'" if parent_id else SINGLE_RUNS,
         "orderByKey": f"metrics.`{OUTPUT_RATE.key()}`",
         "orderByAsc": False,
     }
+
+
+def _width(column: str) -> int:
+    """Return the width of a column in pixels: that of its heading, or of the names of models."""
+    return 160 if column == "params.`model`" else min(140, max(70, 7 * len(column) - 40))
 
 
 def _charts(shown: Sequence[str], names: Sequence[str], memory: str, baseline_run_id: str | None) -> list[State]:
@@ -170,20 +183,34 @@ def publish(
     `run_ids`: the run of each of `rows`. Returns the link to append to the UI's address, or None after calling `warn`.
     Never raises: the view is a convenience, and the runs are complete without it.
     """
-    view_id = f"{OURS}{parent_id[:16]}"
+
+    def state() -> State:
+        has_device = any(PEAK_MEMORY[0] in row.metrics for row in rows)
+        return comparison_view(varied, has_device, baseline_run(rows, run_ids), parent_id)
+
+    return _publish(store, f"{OURS}{parent_id[:16]}", f"{name}, {time.strftime('%Y-%m-%d %H:%M')}", state, warn)
+
+
+def publish_single_runs(store: Store, has_device: bool) -> str | None:
+    """Publish the view of the experiment's runs that were made one by one. Returns its link, None if that failed."""
+    return _publish(
+        store,
+        SINGLE_VIEW,
+        "Single runs",
+        lambda: comparison_view(SINGLE_SETTINGS, has_device, None),
+        lambda text: None,
+    )
+
+
+def _publish(
+    store: Store, view_id: str, name: str, state: Callable[[], State], warn: Callable[[str], None]
+) -> str | None:
     try:
         _refuse_old(store.uri)
-        has_device = any(PEAK_MEMORY[0] in row.metrics for row in rows)
-        state = comparison_view(varied, has_device, baseline_run(rows, run_ids), parent_id)
         now = int(time.time() * 1000)
         there = _published(store)
         created = there.get(view_id, {}).get("createdAt", now)
-        envelope = {
-            "name": f"{name}, {time.strftime('%Y-%m-%d %H:%M')}",
-            "createdAt": created,
-            "updatedAt": now,
-            "state": _text(state),
-        }
+        envelope = {"name": name, "createdAt": created, "updatedAt": now, "state": _text(state())}
         store.client.set_experiment_tag(store.experiment_id, TAG + view_id, _text(envelope))
         oldest_first = sorted((one for one in there if one != view_id), key=lambda one: there[one].get("updatedAt", 0))
         for old in oldest_first[: max(0, len(oldest_first) + 1 - MOST_VIEWS)]:

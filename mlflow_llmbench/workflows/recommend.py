@@ -93,9 +93,9 @@ def recommend(
     """Choose the best of the results of `references` (see `load_results`) within limits (see `read_limits`).
 
     recommendation.json, .md and the chart are written into the folder `output`, and logged on the parent run of the
-    sweep. `on_result` gets the recommendation before that. `accept_suspect` and `allow` are as in
-    `analysis.decisions.recommend.recommend`, `own` as in `open_store`. Raises UsageError, TrackingError or
-    JournalError.
+    sweep; the winner's run gets the tag `llmbench.recommended` with the goal. `on_result` gets the recommendation
+    before that. `accept_suspect` and `allow` are as in `analysis.decisions.recommend.recommend`, `own` as in
+    `open_store`. Raises UsageError, TrackingError or JournalError.
     """
     results = load_all(references, tracking_uri)
     found = analysis.recommend(
@@ -110,6 +110,8 @@ def recommend(
         parent = registry.parent_of_sweep(store, sweep)
         for run_id in dict.fromkeys(filter(None, (parent, store.given_run_id))):
             registry.log_folder(store, run_id, folder)
+        if found.winner:
+            registry.mark_recommended(store, sweep, found.winner.result.hashes.config, goal)
     return Recommended(found, sweep, parent, store.uri, tracking_uri, _refusal(store, found))
 
 

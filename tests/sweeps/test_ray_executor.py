@@ -229,7 +229,9 @@ def test_a_node_killed_in_the_middle_takes_only_the_unfinished_cell_with_it(
     assert [line for line in watcher.lines if "is lost" in line] == [
         f"The node {dead} is lost (NodeDiedError). 1 cell of its group had not been measured."
     ]
-    assert [line for line in watcher.lines if " b2: measuring" in line] == [f"batch_size=2: measuring on {dead}"]
+    assert [line for line in watcher.lines if " b2: measuring" in line] == [
+        f"fake:ttft_ms=400+itl_ms=1 b2: measuring on {dead}"
+    ]
     assert {status for status, _ in states(store_uri).values()} == {"FINISHED"}
     until(lambda: not of_ray())
     assert "aylet" not in capsys.readouterr().out, "standard output is for the results"

@@ -205,7 +205,7 @@ def test_a_store_that_refuses_new_runs_does_not_stop_the_sweep(
     result = run(model="fake:ttft_ms=2+itl_ms=1", threads="1,2", **CELL)
     assert [row.outcome for row in result.rows] == ["ok", "ok"]
     assert {name: one[0] for name, one in content(store_uri).items()} == dict.fromkeys(
-        ["threads=1", "threads=2", f"{CELL_NAME}: threads"], "FINISHED"
+        [f"{CELL_NAME} threads=1", f"{CELL_NAME} threads=2", f"{CELL_NAME}: threads"], "FINISHED"
     )
 
 

@@ -6,8 +6,10 @@ import dataclasses
 
 import pytest
 
+from mlflow_llmbench.records.cell import Cell
+from mlflow_llmbench.records.quantizations import COLOURS
 from mlflow_llmbench.records.results import LoadInfo, Verdict
-from mlflow_llmbench.tracking.runs import cell_tags
+from mlflow_llmbench.tracking.runs import cell_tags, run_color
 
 from ..results import made
 
@@ -53,3 +55,12 @@ def test_a_run_tells_the_commit_and_with_a_gpu_the_libraries_that_torch_used() -
     on_gpu = dataclasses.replace(plain, load=LoadInfo(1.0, facts={"model.device": "cuda:0"}))
     tags = cell_tags(on_gpu, Verdict("valid"))
     assert (tags["llmbench.cuda_runtime"], tags["llmbench.cudnn"]) == ("13.0", "9.20.0.48")
+
+
+@pytest.mark.parametrize("quant", ["none", "int4"])
+def test_a_run_has_the_colour_of_its_quantization_and_is_darker_with_more_rows(quant: str) -> None:
+    colours = [run_color(Cell(quant=quant, batch_size=rows)) for rows in (1, 2, 4, 16, 64, 256)]
+    brightness = [sum(bytes.fromhex(colour[1:])) for colour in colours]
+    assert colours[0] == COLOURS[quant] and brightness == sorted({*brightness}, reverse=True)
+    served = Cell(quant=quant, backend="openai", launch="serve {quant}", concurrency=4)
+    assert run_color(served) == colours[2]

@@ -18,6 +18,7 @@ from mlflow_llmbench.records.metrics import KEYS, OUTPUT_RATE, SERIES
 from mlflow_llmbench.reports.result import Row
 from mlflow_llmbench.tracking import view
 from mlflow_llmbench.tracking.store import Store, open_store
+from tests.results import made, stored
 from tests.servers import serving
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "view.json"
@@ -81,9 +82,9 @@ def test_device_memory_takes_the_place_of_host_memory() -> None:
     assert "host_needed" not in text
 
 
-def test_without_varied_parameters_and_parent_all_runs_are_shown_by_quantization() -> None:
+def test_without_varied_parameters_and_parent_single_runs_are_shown_by_quantization() -> None:
     state = view.comparison_view([], False, None)
-    assert state["searchFilter"] == ""
+    assert state["searchFilter"] == view.SINGLE_RUNS
     assert state["selectedColumns"][0] == "params.`quant`"
 
 
@@ -105,6 +106,17 @@ def test_published_view_is_one_tag_with_the_state_and_its_link(store: Store) -> 
     assert view_id == "llmbench-0123456789abcdef"
     assert str(envelope["name"]).startswith("opt: quant, 20")
     assert json.loads(str(envelope["state"])) == view.comparison_view(VARIED, False, "run-fp16", "0123456789abcdef0123")
+
+
+def test_runs_made_one_by_one_have_a_view_and_no_others_are_in_it(store_uri: str, tmp_path: Path) -> None:
+    stored(tmp_path / "sweep", store_uri, made(), made("int8"))
+    one, other = (stored(tmp_path / name, store_uri, made(name))[0] for name in ("int8", "int4"))
+    store = open_store(store_uri, None)
+    [state] = [json.loads(str(one["state"])) for name, one in views(store).items() if name == view.SINGLE_VIEW]
+    found = store.client.search_runs([store.experiment_id], state["searchFilter"])
+    assert {run.info.run_id for run in found} == {one, other}
+    assert state["selectedColumns"][:3] == ["params.`model`", "params.`quant`", "params.`batch_size`"]
+    assert "tags.`llmbench.recommended`" in state["selectedColumns"]
 
 
 def test_publishing_twice_leaves_one_tag(store: Store) -> None:

@@ -29,6 +29,7 @@ def test_from_a_sweep_to_a_champion_without_a_printed_line(
     chosen = recommend([str(tmp_path / "sweep")], limits=read_limits(max_ttft="1s"), output="out")
     assert chosen.found.winner and chosen.found.winner.result.cell.quant == "none"
     assert (Path("out") / "recommendation.md").exists()
+    assert recommended(store_uri) == {fast: "throughput"}
     first = register(fast, "bot")
     assert promote(first.uri).before is None
     seen: list[GateRun] = []
@@ -39,6 +40,24 @@ def test_from_a_sweep_to_a_champion_without_a_printed_line(
     with pytest.raises(UsageError, match=f"{first.uri} was measured with backend=fake, and there is nothing to serve"):
         export("models:/bot@champion", "transformers")
     assert capfd.readouterr().out == ""
+
+
+def recommended(store_uri: str) -> dict[str, str]:
+    """Runs that are tagged as recommended, with the goal."""
+    client = MlflowClient(store_uri)
+    found = client.search_runs([one.experiment_id for one in client.search_experiments()])
+    tag = "llmbench.recommended"
+    return {one.info.run_id: one.data.tags[tag] for one in found if tag in one.data.tags}
+
+
+def test_one_run_of_a_sweep_is_tagged_as_recommended(store_uri: str, tmp_path: Path) -> None:
+    fast, lean = stored(tmp_path / "sweep", store_uri, made(), made("int8", step=12, memory=1.0))
+    recommend([tmp_path / "sweep"])
+    assert recommended(store_uri) == {fast: "throughput"}
+    recommend([tmp_path / "sweep"], limits=read_limits(max_memory="2GB"))
+    assert recommended(store_uri) == {lean: "throughput"}
+    recommend([tmp_path / "sweep"], limits=read_limits(max_memory="1MB"))
+    assert recommended(store_uri) == {lean: "throughput"}, "nothing was recommended"
 
 
 def test_a_comparison_is_told_before_its_files_are_written(store_uri: str, tmp_path: Path) -> None:
