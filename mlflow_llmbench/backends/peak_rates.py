@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -24,6 +25,11 @@ MOST_ROUNDS = 6
 MOST_S = 5.0
 """Most rounds of a probe, and seconds after which no further one begins; its two best may then disagree."""
 
+WARM_S = 1.0
+BATCH_S = 0.02
+MOST_LAUNCHES = 20
+"""Seconds of work before a GPU is probed, seconds that a timed batch of launches takes, and most launches in one."""
+
 CACHE_FACTOR = 4
 """The buffer has at least this many times the size of the last-level cache, so that it is read from memory."""
 
@@ -32,7 +38,9 @@ def measure_peaks(device: str, last_level_cache_bytes: int) -> dict[str, float]:
     """Measure `read_bytes_per_s` and `flops_per_s` of a device (torch's name). Takes about a second on a quiet machine.
 
     Bandwidth: a sum over float32 or a matrix–vector product, whichever reads faster. FLOP/s: a square matrix product
-    (2n³ operations) in float32 or bfloat16, whichever is faster. Each is the best of several rounds, because
+    (2n³ operations) in float32, bfloat16 or, on a GPU, float16, whichever is fastest: GPUs before Ampere have no units
+    for bfloat16. A GPU first works for `WARM_S`, since it idles at a fraction of its clocks, and is timed over many
+    launches at once. Each is the best of several rounds, because
     disturbances only make it slower; rounds are added until the two best agree. The evidence for `analysis.probe` is
     among the returned numbers: their agreement, and what others did meanwhile.
     """
@@ -51,10 +59,13 @@ def measure_peaks(device: str, last_level_cache_bytes: int) -> dict[str, float]:
         if cuda:
             torch.cuda.synchronize(device)
 
-    before = machine.take_readings(device)
     with torch.inference_mode():
+        if cuda:
+            warm(matrix.sum, finish)
+        before = machine.take_readings(device)
         reads = (matrix.sum, partial(torch.mv, matrix, vector))
-        read_s, read_agreement = until_two_agree(partial(_quickest, reads, finish))
+        most = MOST_LAUNCHES if cuda else 1
+        read_s, read_agreement = until_two_agree(partial(_quickest, reads, finish, most))
         del matrix, vector, reads
         n = 8192 if cuda else 1024
 
@@ -62,10 +73,11 @@ def measure_peaks(device: str, last_level_cache_bytes: int) -> dict[str, float]:
             square = torch.ones((side, side), device=device, dtype=dtype)
             return partial(torch.mm, square, square)
 
-        trials = {dtype: _best(product(dtype, n // 8), finish) for dtype in (torch.float32, torch.bfloat16)}
+        dtypes = (torch.float32, torch.bfloat16, *((torch.float16,) if cuda else ()))
+        trials = {dtype: _best(product(dtype, n // 8), finish, most) for dtype in dtypes}
         flops = []
         for dtype in worth_measuring(trials):
-            seconds, agreement = until_two_agree(partial(_best, product(dtype, n), finish))
+            seconds, agreement = until_two_agree(partial(_best, product(dtype, n), finish, most))
             flops.append((2 * n**3 / seconds, agreement))
     noise = machine.noise_between(before, machine.take_readings(device))
     best, flops_agreement = max(flops)
@@ -125,16 +137,41 @@ def measure_peaks_apart() -> dict[str, float]:
     return found
 
 
-def _quickest(works: Sequence[Callable[[], object]], finish: Callable[[], None]) -> float:
-    return min(_best(work, finish) for work in works)
-
-
-def _best(work: Callable[[], object], finish: Callable[[], None]) -> float:
-    """Return the shortest of several runs in seconds; the first one is discarded."""
-    times = []
-    for _ in range(REPEATS + 1):
-        started = time.perf_counter()
+def warm(work: Callable[[], object], finish: Callable[[], None], clock: Callable[[], float] = time.perf_counter) -> int:
+    """Repeat a piece of work for `WARM_S` and return how often: clocks then are those of a busy GPU."""
+    started, times = clock(), 0
+    while clock() - started < WARM_S:
         work()
         finish()
-        times.append(time.perf_counter() - started)
-    return min(times[1:])
+        times += 1
+    return times
+
+
+def launches(seconds: float, most: int) -> int:
+    """Return how many launches of `seconds` each are timed together, at most `most`, to last `BATCH_S`.
+
+    The end of a single short one would be seen late: waiting for a GPU takes some 10 µs.
+    """
+    return max(1, min(most, math.ceil(BATCH_S / seconds))) if seconds > 0 else most
+
+
+def _quickest(works: Sequence[Callable[[], object]], finish: Callable[[], None], most: int) -> float:
+    return min(_best(work, finish, most) for work in works)
+
+
+def _best(work: Callable[[], object], finish: Callable[[], None], most: int) -> float:
+    """Return the shortest of several runs in seconds, each the mean of up to `most` launches; the first is discarded.
+
+    The number of launches is chosen by the second run, since the first one may choose an algorithm.
+    """
+
+    def timed(count: int) -> float:
+        started = time.perf_counter()
+        for _ in range(count):
+            work()
+        finish()
+        return (time.perf_counter() - started) / count
+
+    timed(1)
+    count = launches(timed(1), most) if most > 1 else 1
+    return min(timed(count) for _ in range(REPEATS))

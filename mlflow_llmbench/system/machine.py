@@ -19,8 +19,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -335,8 +336,34 @@ def cpu_energy_j() -> float | None:
 def idle_power_w(device: str, seconds: float = 1.0) -> float | None:
     """Mean power in W while nothing of ours runs, of the GPU if `device` is one, else of the CPU packages.
 
-    None without a counter. Takes `seconds`.
+    None without a counter. Takes `seconds`, for a GPU up to `MOST_IDLE_WINDOWS` times as long (see `settled`).
     """
+    measure = partial(_mean_power_w, device, seconds)
+    return settled(measure) if device.startswith("cuda") else measure()
+
+
+MOST_IDLE_WINDOWS = 10
+SETTLED = 0.05
+"""Most windows of measuring idle power, and the relative difference by which two successive ones agree."""
+
+
+def settled(measure: Callable[[], float | None]) -> float | None:
+    """Measure until two successive values agree and return the last one; None if one is not available.
+
+    A GPU that has just worked takes seconds to lower its clocks, and its power falls meanwhile.
+    """
+    before = measure()
+    for _ in range(MOST_IDLE_WINDOWS - 1):
+        after = measure()
+        if before is None or after is None:
+            return None
+        if abs(after - before) <= SETTLED * before:
+            return after
+        before = after
+    return before
+
+
+def _mean_power_w(device: str, seconds: float) -> float | None:
     before = take_readings(device)
     if before.energy_j is None:
         return None

@@ -7,7 +7,16 @@ from collections.abc import Iterator
 import pytest
 
 from mlflow_llmbench.analysis import probe
-from mlflow_llmbench.backends.peak_rates import MOST_ROUNDS, MOST_S, measure_peaks, until_two_agree, worth_measuring
+from mlflow_llmbench.backends.peak_rates import (
+    MOST_ROUNDS,
+    MOST_S,
+    WARM_S,
+    launches,
+    measure_peaks,
+    until_two_agree,
+    warm,
+    worth_measuring,
+)
 
 
 class Rounds:
@@ -55,3 +64,18 @@ def test_a_probe_tells_what_it_rests_on() -> None:
 def test_what_a_small_trial_shows_to_be_far_slower_is_not_measured() -> None:
     assert worth_measuring({"float32": 1e-5, "bfloat16": 2e-3}) == ["float32"]
     assert worth_measuring({"float32": 8e-5, "bfloat16": 1e-5}) == ["float32", "bfloat16"]
+
+
+def test_a_gpu_works_for_a_while_before_it_is_timed() -> None:
+    rounds = Rounds(*[0.3] * 9)
+    finished: list[float] = []
+    assert warm(rounds.measure, lambda: finished.append(rounds.now), rounds.clock) == 4
+    assert finished[-1] >= WARM_S > finished[-2]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "most", "expected"),
+    [(0.0005, 20, 20), (0.005, 20, 4), (0.0199, 20, 2), (0.1, 20, 1), (0.0005, 1, 1), (0.0, 20, 20)],
+)
+def test_short_launches_are_timed_together(seconds: float, most: int, expected: int) -> None:
+    assert launches(seconds, most) == expected

@@ -40,6 +40,22 @@ def test_packages_are_added_and_their_parts_are_not(tmp_path: Path, monkeypatch:
     assert machine.idle_power_w("cpu", seconds=0.01) == 0.0
 
 
+@pytest.mark.parametrize(
+    ("watts", "power", "left"),
+    [
+        ([300, 180, 120, 117, 90], 117, 1),  # it agrees with the one before it
+        ([75, 76, 80], 76, 1),
+        ([10 * 2**n for n in range(12, 0, -1)], 80, 2),  # never: the last of ten
+        ([100, None, 100], None, 1),
+        ([0, 0, 5], 0, 1),
+    ],
+)
+def test_idle_power_is_read_when_it_has_settled(watts: list[float | None], power: float | None, left: int) -> None:
+    rest = list(watts)
+    assert machine.settled(lambda: rest.pop(0)) == power
+    assert len(rest) == left
+
+
 def with_energy(gaps: list[list[float]], joules: float, idle_w: float | None) -> Any:
     measured = result(gaps, rows=2)
     noisy = tuple(dataclasses.replace(r, noise=Noise(1.0, 0.0, 0.0, energy_j=joules)) for r in measured.repetitions)
