@@ -88,6 +88,10 @@ class Loading:
     unquantized_first: bool = False
 
 
+PADDED: Mapping[str, tuple[int, int]] = {"Linear(Int4TilePackedTo4dTensor)": (8, 1024)}
+"""Class of a linear layer → the multiples to which its stored weights are padded: outputs and inputs."""
+
+
 @dataclass(frozen=True)
 class Scheme:
     """A value of `quant`.
@@ -105,6 +109,7 @@ class Scheme:
     - `makes_files`: a checkpoint or file is made before the load, and loaded as it is
     - `group_sizes`: those that have a kernel; empty for any
     - `capability`: least compute capability of a GPU, without which it cannot run; `instead`: what to use then
+    - `runs_on_cpu`: it needs no GPU, so `capability` counts only where it runs on one
     - `engines`: other servers that can make it while loading → their word for it
     """
 
@@ -125,6 +130,7 @@ class Scheme:
     makes_files: bool = False
     group_sizes: tuple[int, ...] = ()
     capability: tuple[int, int] | None = None
+    runs_on_cpu: bool = True
     instead: str = ""
     engines: Mapping[str, str] = field(default_factory=dict, hash=False)
 
@@ -316,6 +322,7 @@ _TABLE = (
             },
         }},
         storage=Storage(4, 32), held_bits=(4.0, 6.1), group_sizes=(32, 64, 128),
+        capability=(8, 0), instead="int4 or hqq4",  # on a GPU; its kernel computes in bfloat16
     ),
     _torchao(
         "int8-dq", 8, "#a04000", "8-bit weights per row, and 8-bit activations, scaled per token as they come",
@@ -327,7 +334,7 @@ _TABLE = (
             "class": "torchao.quantization.Float8DynamicActivationFloat8WeightConfig",
             "granularity": {"class": "torchao.quantization.PerRow"},
         },
-        capability=(8, 9), instead="int8-wo or int8-dq",
+        capability=(8, 9), runs_on_cpu=False, instead="int8-wo or int8-dq",
     ),
     _hqq("hqq8", 8, "#117a65"),
     _hqq("hqq4", 4, "#48a999"),

@@ -34,7 +34,8 @@ def _row(scheme: Scheme) -> tuple[str, ...]:
     if scheme.library and scheme.library.compiler:
         needs.append("a C++ compiler")
     if scheme.capability:
-        needs.append(f"a GPU of compute capability {'.'.join(map(str, scheme.capability))}")
+        where = "on a GPU: " if scheme.runs_on_cpu else "a GPU of "
+        needs.append(f"{where}compute capability {'.'.join(map(str, scheme.capability))}")
     return (
         f"`{scheme.name}`",
         scheme.definition,

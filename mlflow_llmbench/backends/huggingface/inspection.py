@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...records.errors import NotRealised
 from ...records.mixed_plan import QUANTIZED
-from ...records.quantizations import FLOAT_DTYPES, SCHEMES
+from ...records.quantizations import FLOAT_DTYPES, PADDED, SCHEMES
 from ...system import memory
 from . import recipe
 
@@ -28,12 +28,16 @@ MOST_LEFT = 0.05
 
 @dataclass(frozen=True)
 class LayerClass:
-    """The linear layers of one class: their number, weights and stored bytes, and the name of the first."""
+    """The linear layers of one class: their number, weights and stored bytes, and the name of the first.
+
+    `padding`: weights that are stored beside these to fill the kernel's tiles.
+    """
 
     count: int
     weights: int
     bytes: int
     first: str
+    padding: int = 0
 
 
 @dataclass(frozen=True)
@@ -206,8 +210,14 @@ def _by_class(layers: Mapping[str, Any]) -> dict[str, LayerClass]:
     for name, layer in layers.items():
         inputs, outputs = recipe.layer_sizes(layer) or (0, 0)
         before = found.get(kind := recipe.layer_name(layer), LayerClass(0, 0, 0, name))
+        rows, columns = PADDED.get(kind, (1, 1))
+        stored = -(-outputs // rows) * rows * -(-inputs // columns) * columns
         found[kind] = LayerClass(
-            before.count + 1, before.weights + inputs * outputs, before.bytes + layer_bytes(layer), before.first
+            before.count + 1,
+            before.weights + inputs * outputs,
+            before.bytes + layer_bytes(layer),
+            before.first,
+            before.padding + stored - inputs * outputs,
         )
     return found
 
@@ -272,7 +282,7 @@ def verify(quant: str, device: str, found: Inspection) -> None:
             f"transformers: {found.expert_weights:,} of its {found.parameters:,} weights stay as they are. "
             "Use quant=none, or a GGUF file of the model with backend=llama_cpp."
         )
-    weights = sum(one.weights for one in made.values())
+    weights = sum(one.weights + one.padding for one in made.values())
     bits = 8 * sum(one.bytes for one in made.values()) / weights if weights else low
     if not low - 0.01 <= bits <= high + 0.01:
         raise NotRealised(

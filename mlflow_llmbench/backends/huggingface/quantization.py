@@ -18,7 +18,7 @@ from ...records.cell import Cell
 from ...records.errors import MissingError, NotRealised, UsageError
 from ...records.quantizations import SCHEMES, Library, install_command, library_of_method, resolve
 from ...records.results import ModelFacts
-from ...system import gpu
+from ...system import gpu, machine
 from . import recipe
 
 
@@ -65,7 +65,7 @@ def require(cell: Cell) -> None:
             f"Use group_size={','.join(map(str, scheme.group_sizes))}."
         )
     # For a cell that a cluster will measure, the device is not known here and given as the CPU.
-    if cell.device != "cpu" and (lack := lacking_device(cell.quant, int(cell.device.partition(":")[2] or 0))):
+    if cell.device != "cpu" and (lack := lacking_device(cell.quant, cell.device)):
         raise MissingError(f"quant={cell.quant} {lack}")
 
 
@@ -112,13 +112,17 @@ def _library_of(model: ModelFacts) -> Library | None:
     return library_of_method(((model.config or {}).get("quantization_config") or {}).get("quant_method"))
 
 
-def lacking_device(quant: str, index: int = 0) -> str | None:
-    """Say what GPU `index` of this machine lacks for a quantization, and what to use; None if it lacks nothing."""
+def lacking_device(quant: str, device: str = "auto") -> str | None:
+    """Say what a device of this machine lacks for a quantization, and what to use; None if it lacks nothing.
+
+    A GPU whose driver does not tell its compute capability lacks nothing that is known.
+    """
     scheme = SCHEMES[quant]
-    if scheme.capability is None:
+    if scheme.capability is None or (scheme.runs_on_cpu and machine.require_device(device) == "cpu"):
         return None
+    index = int(device.partition(":")[2] or 0)
     found = gpu.compute_capability(index)
-    if found is not None and found >= scheme.capability:
+    if found >= scheme.capability if found else index < len(gpu.gpus()):
         return None
     has = "this machine has none" if found is None else f"GPU {index} has {found[0]}.{found[1]}"
     needed = ".".join(map(str, scheme.capability))

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from mlflow_llmbench.backends.huggingface import mixed, quantization
+from mlflow_llmbench.backends.huggingface import mixed, quantization, recipe
 from mlflow_llmbench.backends.huggingface.backend import TransformersBackend
+from mlflow_llmbench.backends.huggingface.inspection import inspect_model, verify
 from mlflow_llmbench.config.spec import parse
 from mlflow_llmbench.measure import runtime
 from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.errors import MeasurementError, MissingError, NotRealised, UsageError
-from mlflow_llmbench.records.quantizations import LIBRARIES, SCHEMES, install_command, schemes_of, schemes_with
+from mlflow_llmbench.records.quantizations import LIBRARIES, SCHEMES, install_command, resolve, schemes_of, schemes_with
 from mlflow_llmbench.system import gpu
 from tests.loading import loaded
 
@@ -96,8 +100,6 @@ def test_what_is_stored_is_what_was_asked(
 @pytest.mark.filterwarnings("ignore")
 def test_groups_that_do_not_fit_are_told_and_not_left_out(tiny_model: Path, tmp_path: Path) -> None:
     """A hidden size of 96 has no groups of 64; torchao silently leaves such a layer unquantized."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     sizes = {
         "hidden_size": 96,
         "intermediate_size": 128,
@@ -162,6 +164,43 @@ def test_8_bit_floats_need_a_gpu_that_multiplies_them(
     assert why in item.found
     monkeypatch.setattr(gpu, "compute_capability", lambda index: (9, 0))
     assert quantization.lacking_device("fp8") is None
+
+
+@needs("torchao")
+def test_4_bit_kernels_of_a_gpu_need_bfloat16(tiny_model: Path, nvml: Callable[[str], None]) -> None:
+    nvml("gpu GPU-1 NVIDIA T4\ncapability 7 5\n")
+    with pytest.raises(
+        MissingError, match=r"quant=int4-wo needs a GPU of compute capability 8\.0 or newer, and GPU 0 "
+    ):
+        TransformersBackend.resolve(Cell(model=str(tiny_model), quant="int4-wo", device="cuda"))
+    assert quantization.lacking_device("int4-wo", "cpu") is None
+    nvml("gpu GPU-1 NVIDIA A100\ncapability 8 0\n")
+    assert quantization.lacking_device("int4-wo", "cuda:0") is None
+    nvml("gpu GPU-1 NVIDIA A100\n")  # the driver does not tell
+    assert quantization.lacking_device("int4-wo", "cuda:0") is None
+
+
+@needs("torchao")
+@pytest.mark.parametrize(("group_size", "stored"), [(128, 8.5), (32, 10.0)])
+def test_padding_to_the_tiles_of_a_gpu_is_no_other_quantization(
+    monkeypatch: pytest.MonkeyPatch, group_size: int, stored: float
+) -> None:
+    """Layers of 512 inputs, as in pythia-70m, take twice their room. The meta device has shapes and no values."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=512, intermediate_size=512, num_hidden_layers=1, num_attention_heads=4
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    choice = resolve(SCHEMES["int4-wo"].recipe["quant_type"], {"group_size": group_size})
+    importlib.import_module("torchao.quantization").quantize_(model.model, recipe.made(choice, "cuda"))
+    found = inspect_model(model)
+    assert found.linear_classes == {"Linear(Int4TilePackedTo4dTensor)": 7}
+    assert found.linear_bits == pytest.approx(stored)
+    verify("int4-wo", "meta", found)
+    layers = {name: dataclasses.replace(one, padding=0) for name, one in found.layers.items()}
+    with pytest.raises(NotRealised, match="the linear layers hold"):
+        verify("int4-wo", "meta", dataclasses.replace(found, layers=layers))
 
 
 @pytest.mark.parametrize(("method", "package"), [(one.method, one.ready[0]) for one in LIBRARIES if one.ready])
