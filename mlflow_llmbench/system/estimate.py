@@ -10,8 +10,10 @@ from ..analysis.order import repetitions_to_judge
 from ..config import model_shape
 from ..records.backends import capabilities_of
 from ..records.cell import SPECULATIVE, Cell, as_text
+from ..records.metric import GB
 from ..records.quantizations import FLOAT_DTYPES, MIXED
 from ..records.results import ModelFacts
+from ..records.text import short_number_text
 from ..workloads.arrivals import request_count
 from ..workloads.prompts import longest_of
 from . import gpu, machine, memory
@@ -254,9 +256,10 @@ def _beyond_memory(
 ) -> Refusal | None:
     if predicted is None or available is None or predicted <= available:
         return None
+    needed, free = (short_number_text(size / GB) for size in (predicted, available))
     return Refusal(
         "memory",
-        f"{cell.model} with quant={cell.quant}, batch_size={cell.batch_size} needs about {predicted / 1e9:.1f} GB"
-        f"{' while it is loaded' if predicted == loading else ''}, and {available / 1e9:.1f} GB {where}. "
+        f"{cell.model} with quant={cell.quant}, batch_size={cell.batch_size} needs about {needed} GB"
+        f"{' while it is loaded' if predicted == loading else ''}, and {free} GB {where}. "
         "Use a smaller model, batch or quantization, or try it all the same with force=true.",
     )

@@ -294,7 +294,7 @@ def test_a_real_model_larger_than_the_limit(store_uri: str, tiny_model: Path) ->
 def test_what_a_cell_is_estimated_to_need_is_held_against_the_limit(store_uri: str, tiny_model: Path) -> None:
     result = run(model=str(tiny_model), memory_limit="200MB", prompt_tokens=8, output_tokens=2)
     assert result.rows[0].outcome == "refused"
-    assert "0.2 GB are allowed by memory_limit" in result.rows[0].message
+    assert "0.200 GB are allowed by memory_limit" in result.rows[0].message
 
 
 def test_cells_that_need_no_less_than_a_failed_one_are_skipped(store_uri: str) -> None:

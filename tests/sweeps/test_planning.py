@@ -99,7 +99,7 @@ def test_a_run_does_what_the_plan_has_printed(
         assert result.outcome == ("refused" if cell["refused"] else "ok")
     refused = [cell["refused"] for cell in printed["cells"] if cell["refused"]]
     assert len([text for text in refused if "more than the context" in text]) == 6
-    assert len([text for text in refused if "1.0 GB are allowed by memory_limit" in text]) == 2
+    assert len([text for text in refused if "1.00 GB are allowed by memory_limit" in text]) == 2
     assert (printed["tried"], printed["loads"]) == (4, 2)
 
 

@@ -134,6 +134,12 @@ def test_the_least_time_by_hand() -> None:
     assert estimate.least_seconds(cell, facts, None, slow) is None
 
 
+def test_a_refusal_for_memory_has_sizes_that_differ() -> None:
+    cell, facts = Cell(model="m", quant="bf16"), ModelFacts("m", "folder", "/m", "r")
+    found = estimate.refusal(cell, facts, 606_000_000, (550_000_000, "are allowed by memory_limit"))
+    assert found and "needs about 0.606 GB, and 0.550 GB are allowed by memory_limit. " in found.sentence
+
+
 def test_the_plan_says_cells_memory_time_and_refusals(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
