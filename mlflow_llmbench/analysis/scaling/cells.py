@@ -62,10 +62,16 @@ class Measured:
 
 
 def select_usable(results: Sequence[RunResult]) -> tuple[list[Measured], list[str]]:
-    """Return the results with a valid or suspect verdict, and one line on each other result and why it is left out."""
-    kept, left_out = [], []
+    """Return one result of each configuration with a valid or suspect verdict, and a line on each result left out.
+
+    If a configuration was measured several times with one hardware and software, the newest valid result counts, else
+    the newest, in every figure, law and sentence.
+    """
+    kept: list[tuple[Measured, str]] = []
+    left_out: list[str] = []
+    newest: dict[tuple[str, str], tuple[bool, int]] = {}
     varied = varied_settings([result.cell for result in results])
-    for result in results:
+    for result in {(*_configuration(result), result.started_ms): result for result in results}.values():
         metrics = summarize(result)
         verdict_ = judge(result, metrics)
         name = describe(result.cell, varied)
@@ -77,8 +83,24 @@ def select_usable(results: Sequence[RunResult]) -> tuple[list[Measured], list[st
         elif not result.repetitions:
             left_out.append(f"{name}: no repetitions")
         else:
-            kept.append(Measured(result, metrics))
-    return kept, left_out
+            kept.append((Measured(result, metrics), name))
+            rank = _rank(result)
+            newest[_configuration(result)] = max(newest.get(_configuration(result), rank), rank)
+    chosen = []
+    for measured, name in kept:
+        if newest[_configuration(measured.result)] == _rank(measured.result):
+            chosen.append(measured)
+        else:
+            left_out.append(f"{name}: measured again; the newest valid result of a configuration counts")
+    return chosen, left_out
+
+
+def _configuration(result: RunResult) -> tuple[str, str]:
+    return result.hashes.config, result.hashes.env
+
+
+def _rank(result: RunResult) -> tuple[bool, int]:
+    return judge(result, summarize(result)).word == "valid", result.ended_ms
 
 
 def varied_settings(cells: Sequence[Cell]) -> list[str]:

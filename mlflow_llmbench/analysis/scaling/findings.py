@@ -73,7 +73,7 @@ def find(
     """
     results = _priced(results, prices or {})
     study = study_scaling(results, share)
-    cells, _ = select_usable(list({(r.hashes.config, r.hashes.env, r.started_ms): r for r in results}.values()))
+    cells, _ = select_usable(results)
     machines = find_machines(cells)
     focus = choose_focus(cells, machines)
     effects = tuple(quant_effects(cells))

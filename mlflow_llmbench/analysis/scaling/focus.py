@@ -79,7 +79,7 @@ def choose_focus(cells: Sequence[Measured], machines: Sequence[Machine]) -> Focu
         f"{name}={getattr(shown[0].cell, name)}" for name in held if name in varied_settings([m.cell for m in here])
     )
     note = (
-        f"{others} of the {len(here)} cells there are not shown: they were measured again or with other settings than "
+        f"{others} of the {len(here)} cells there are not shown: they were measured with other settings than "
         f"{settings or 'these'}."
         if others
         else ""

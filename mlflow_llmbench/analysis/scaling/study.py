@@ -124,7 +124,7 @@ def study_scaling(
     setting.
     """
     check_share(share)
-    cells, left_out = select_usable(_once(results))
+    cells, left_out = select_usable(results)
     if not cells:
         raise UsageError(
             f"None of the {len(results)} results can be used: {'; '.join(left_out[:3])}. Measure them again."
@@ -155,11 +155,6 @@ def check_share(share: float) -> None:
         raise UsageError(
             f"The share of per-instance throughput to keep is not between 0 and 1: {share:g}. Give 0.5 for a half."
         )
-
-
-def _once(results: Sequence[RunResult]) -> list[RunResult]:
-    """Drop results that were named more than once."""
-    return list({(r.hashes.config, r.hashes.env, r.started_ms): r for r in results}.values())
 
 
 def _batches(cells: Sequence[Measured], share: float, failures: Failures) -> Iterator[BatchScaling]:

@@ -278,6 +278,25 @@ def test_no_pair_of_cells_counts_twice() -> None:
     ]
 
 
+def test_a_configuration_measured_twice_is_one_value_everywhere() -> None:
+    """The newest valid result counts: in the effects, the laws, the choices and the figures."""
+    cells = grid(["opt-125m"], ["bf16", "int8"])
+    slower = [dataclasses.replace(measured(quant="int8", speed=0.5), started_ms=5000, ended_ms=6000)]
+    suspect = [dataclasses.replace(measured(quant="int8", speed=0.2), started_ms=8000, ended_ms=9000, steady=False)]
+    found = find([*cells, *slower, *suspect])
+    own = [m for m in found.cells if (m.cell.quant, m.cell.batch_size, m.cell.prompt_tokens) == ("int8", 1, 128)]
+    assert [m.result.started_ms for m in own] == [5000]
+    speeds = {e.measured.result.started_ms: e.speed.value for e in found.effects if e.measured in own}
+    assert speeds == {5000: pytest.approx(0.46, abs=0.01)}
+    [efficiency] = [one for one in found.scaling.batches if one.where == "int8 prompt_tokens=128"]
+    again = find([*(one for one in cells if one.hashes.config != slower[0].hashes.config), *slower])
+    assert efficiency in again.scaling.batches
+    assert [line for line in found.scaling.left_out if "measured again" in line] == [
+        "int8 batch_size=1 prompt_tokens=128: measured again; the newest valid result of a configuration counts"
+    ] * 2
+    assert find([*cells, *cells]).scaling.left_out == ()
+
+
 def test_prices_are_by_hardware_and_an_unknown_one_is_named() -> None:
     here, there = grid(["opt-125m"], ["bf16"]), grid(["opt-125m"], ["bf16"], speed=2.0, env="b")
     there = [dataclasses.replace(one, environment={"cpu": {"name": "Xeon", "usable_cpus": 8}}) for one in there]
