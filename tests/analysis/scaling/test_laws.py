@@ -344,7 +344,7 @@ def test_charts_of_many_groups_write_plain_numbers_and_tell_the_groups_apart(tmp
         dataclasses.replace(
             one,
             cell=dataclasses.replace(one.cell, model=model, workload=workload),
-            hashes=dataclasses.replace(one.hashes, config=model),
+            hashes=dataclasses.replace(one.hashes, config=f"{model} {one.hashes.config}"),
         )
         for model, workload in (("a-model-with-a-longer-name", "synthetic"), ("another-model-with-such-a-name", "qa"))
         for one in sweep(batches=[1, 8, 64], lengths=[128, 1024])
