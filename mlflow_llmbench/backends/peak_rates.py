@@ -34,15 +34,24 @@ CACHE_FACTOR = 4
 """The buffer has at least this many times the size of the last-level cache, so that it is read from memory."""
 
 
+def device_cache_bytes(device: str) -> int | None:
+    """Return the size of a device's last-level cache in bytes; None if the system does not tell."""
+    if not device.startswith("cuda"):
+        return machine.last_level_cache_bytes()
+    import torch
+
+    return int(torch.cuda.get_device_properties(device).L2_cache_size)
+
+
 def measure_peaks(device: str, last_level_cache_bytes: int) -> dict[str, float]:
     """Measure `read_bytes_per_s` and `flops_per_s` of a device (torch's name). Takes about a second on a quiet machine.
 
     Bandwidth: a sum over float32 or a matrix–vector product, whichever reads faster. FLOP/s: a square matrix product
     (2n³ operations) in float32, bfloat16 or, on a GPU, float16, whichever is fastest: GPUs before Ampere have no units
     for bfloat16. A GPU first works for `WARM_S`, since it idles at a fraction of its clocks, and is timed over many
-    launches at once. Each is the best of several rounds, because
-    disturbances only make it slower; rounds are added until the two best agree. The evidence for `analysis.probe` is
-    among the returned numbers: their agreement, and what others did meanwhile.
+    launches at once. Each is the best of several rounds, because disturbances only make it slower; rounds are added
+    until the two best agree. The evidence for `analysis.probe` is among the returned numbers: their agreement, and what
+    others did meanwhile.
     """
     import torch
 

@@ -25,6 +25,7 @@ from .base import Capabilities, DeviceMemory, Distribution
 from .checkpoints import files, sources
 from .engine import MIN_ROWS, EngineBase, StepAligner
 from .huggingface import scoring
+from .peak_rates import device_cache_bytes, measure_peaks
 
 if TYPE_CHECKING:
     import torch
@@ -231,7 +232,7 @@ class VllmBackend(EngineBase):
                 self.facts.config or {}, None if weights is None else weights - looked_up
             ),
             **(shape.cost_fields(_item_size(kv_type)) if shape else {}),
-            cache_bytes=machine.last_level_cache_bytes() if self.device == "cpu" else None,
+            cache_bytes=device_cache_bytes(self.device),
             facts=facts,
             vocab_size=int(settings.model_config.get_vocab_size()),
         )
@@ -331,10 +332,8 @@ class VllmBackend(EngineBase):
         return seen
 
     def peaks(self) -> dict[str, float]:
-        from .peak_rates import measure_peaks
-
         with foreign_errors("measuring the device's best rates", "vLLM"):
-            return measure_peaks(self.device, machine.last_level_cache_bytes() or 0)
+            return measure_peaks(self.device, device_cache_bytes(self.device) or 0)
 
     def close(self) -> None:
         if self.engine is not None:

@@ -25,6 +25,7 @@ from ...system import gpu, machine
 from ...workloads.prompts import turn_texts
 from ..base import CHECKPOINT, Capabilities, DeviceMemory, Emit, Token
 from ..checkpoints import files, sources
+from ..peak_rates import device_cache_bytes, measure_peaks
 from . import decoding, logits, mixed, quantization, recipe
 from .continuous import ContinuousEngine
 from .decoding import DecodePath
@@ -233,20 +234,13 @@ class TransformersBackend:
             weight_bytes=found.weight_bytes,
             step_bytes=model_shape.read_by_step(config.to_dict(), found.step_bytes),
             **costs,
-            cache_bytes=self._cache_bytes(),
+            cache_bytes=device_cache_bytes(self.device),
             facts=facts,
             vocab_size=int(config.vocab_size),
             mapped_weight_bytes=found.mapped_bytes,
             quant_plan=self.plan,
             made=sources.local_files(self.cell, self.facts)[0] if maker else None,
         )
-
-    def _cache_bytes(self) -> int | None:
-        if not self.device.startswith("cuda"):
-            return machine.last_level_cache_bytes()
-        import torch
-
-        return int(torch.cuda.get_device_properties(self.device).L2_cache_size)
 
     # Generating
 
@@ -419,10 +413,8 @@ class TransformersBackend:
         return seen
 
     def peaks(self) -> dict[str, float]:
-        from ..peak_rates import measure_peaks
-
         with foreign_errors("measuring the device's best rates"):
-            found = measure_peaks(self.device, machine.last_level_cache_bytes() or 0)
+            found = measure_peaks(self.device, device_cache_bytes(self.device) or 0)
         self.trim()
         return found
 

@@ -9,14 +9,17 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import sysconfig
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ...records.cell import Cell
 from ...records.errors import MeasurementError, MissingError, NotRealised
 from ...records.installation import pip_install
 from ...records.quantizations import install_command
+from ...records.text import plural
 from . import quantization
 from .inspection import stored_bytes
 
@@ -40,11 +43,7 @@ KV_BACKENDS = {
 def require(cell: Cell, device: str) -> None:
     """Raise MissingError unless this machine has what the decode path and the KV cache of a cell need."""
     if cell.decode == "compiled" and device.startswith("cuda"):
-        if importlib.util.find_spec("triton") is None:
-            raise MissingError(
-                "decode=compiled needs the package triton on a GPU, which is not installed. "
-                f"Run: {pip_install('triton')}"
-            )
+        _require_triton()
     elif cell.decode == "compiled":
         compiler = os.environ.get("CXX", "g++").split()[0]
         if not shutil.which(compiler):
@@ -57,6 +56,26 @@ def require(cell: Cell, device: str) -> None:
         raise MissingError(
             f"kv_cache={cell.kv_cache} needs the package {package}, which is not installed. "
             f"Run: {install_command(package)}; kv_cache=fp8 needs none."
+        )
+
+
+def _require_triton() -> None:
+    """Raise MissingError unless torch can compile for a GPU."""
+    compilers = [os.environ["CC"].split()[0]] if os.environ.get("CC") else ["cc", "gcc", "clang"]
+    if not any(map(shutil.which, compilers)):
+        raise MissingError(
+            "decode=compiled needs a C compiler on a GPU, since Triton builds its launchers in C, and "
+            f"{' or '.join(compilers)} is not installed. Install gcc, or set CC."
+        )
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    if not header.exists():
+        raise MissingError(
+            f"decode=compiled needs Python's headers on a GPU, since Triton builds its launchers in C, and {header} "
+            "does not exist. Install them (python3-dev)."
+        )
+    if importlib.util.find_spec("triton") is None:
+        raise MissingError(
+            f"decode=compiled needs the package triton on a GPU, which is not installed. Run: {pip_install('triton')}"
         )
 
 
@@ -128,7 +147,8 @@ class DecodePath:
         """Make a static cache for `tokens` tokens and compile the decode step for it.
 
         Returns the seconds of the compiling runs. `eagerly` is called first and runs uncompiled. `run` generates a few
-        tokens. `decodes` is True if `run` reaches a decode step. Raises NotRealised if nothing was compiled.
+        tokens. `decodes` is True if `run` reaches a decode step. Raises NotRealised if nothing was compiled, or on a
+        GPU if there are no CUDA graphs of it.
         """
         import torch
         from transformers import StaticCache
@@ -149,6 +169,11 @@ class DecodePath:
             raise NotRealised(
                 "decode=compiled was asked for, but nothing was compiled: transformers does not compile this model "
                 "with this quantization. Use decode=generate."
+            )
+        if skips := _graphs_skipped():
+            raise NotRealised(
+                f"decode=compiled was asked for, but torch left {plural(skips, 'graph')} without CUDA graphs, which "
+                "this decode path is to measure. The worker's log says why. Use decode=generate."
             )
         return seconds
 
@@ -195,6 +220,13 @@ class DecodePath:
         return QuantizedCache(
             backend, self.model.config.get_text_config(decoder=True), **({"nbits": bits} if bits else {})
         )
+
+
+def _graphs_skipped() -> int:
+    """Return how many compiled graphs torch did not record as CUDA graphs; always 0 where none are asked for."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["inductor"]["cudagraph_skips"])
 
 
 def _fix_proposals(assistant: Any, count: int) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import shutil
+import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +156,20 @@ def test_what_is_not_compiled_is_not_measured_under_that_name(tiny_model: Path) 
         backend.compile(PROMPTS, 20, 8)
 
 
+def test_compiled_without_cuda_graphs_is_not_measured_under_that_name(tiny_model: Path) -> None:
+    """Torch counts a graph that it cannot record, for example because an input is on the CPU, and goes on."""
+
+    def skipped() -> None:
+        torch._dynamo.utils.counters["stats"]["unique_graphs"] += 1
+        torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] += 1
+
+    with (
+        loaded(Cell(model=str(tiny_model), quant="fp32", decode="compiled")) as (backend, _),
+        pytest.raises(NotRealised, match="but torch left 2 graphs without CUDA graphs"),
+    ):
+        backend.path.compile(20, lambda: None, skipped, True)
+
+
 def test_the_static_cache_gives_the_same_tokens_again_and_again(tiny_model: Path) -> None:
     """The cache of the compiled step is emptied after each call; uncompiled here, to be quick."""
     with loaded(Cell(model=str(tiny_model), quant="fp32", decode="compiled")) as (backend, _):
@@ -198,6 +215,24 @@ def test_a_step_that_is_compiled_again_while_it_is_measured_is_refused(tiny_mode
 
 
 # Missing requirements
+
+
+def test_what_compiling_for_a_gpu_needs_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler -O2")
+    with pytest.raises(MissingError, match=r"needs a C compiler on a GPU, .* and no-such-compiler is not installed"):
+        decoding.require(Cell(decode="compiled"), "cuda:0")
+    monkeypatch.setenv("CC", sys.executable)
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    with pytest.raises(
+        MissingError, match=r"needs Python's headers on a GPU, .*Python\.h does not exist\. Install them"
+    ):
+        decoding.require(Cell(decode="compiled"), "cuda:0")
+    (tmp_path / "Python.h").touch()
+    if importlib.util.find_spec("triton") is None:
+        with pytest.raises(MissingError, match="needs the package triton on a GPU"):
+            decoding.require(Cell(decode="compiled"), "cuda:0")
+    else:
+        decoding.require(Cell(decode="compiled"), "cuda:0")
 
 
 def test_what_a_decode_path_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
