@@ -180,7 +180,8 @@ def ab(
     SHARE,
     Option(
         "--price",
-        "price in money per hour: 0.5, or by part of the hardware's name: EPYC=0.5,A100=2.4 (default: none)",
+        "price in money per hour: 0.5, or by part of the hardware's name: EPYC=0.5,A100=2.4; or what it cost over its "
+        "years: 1600/3y (default: none)",
         "LIST",
         optional=True,
     ),

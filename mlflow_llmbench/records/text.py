@@ -26,6 +26,14 @@ def number_text(value: float) -> str:
     return f"{value:.{min(6, max(0, 3 - math.floor(math.log10(abs(value)))))}f}"
 
 
+def large_number_text(value: float) -> str:
+    """Format a large count in words, with three digits: `950 thousand`, `1.20 million`, `3.45 billion`."""
+    for size, word in ((1e9, "billion"), (1e6, "million"), (1e3, "thousand")):
+        if value >= size:
+            return f"{short_number_text(value / size)} {word}"
+    return short_number_text(value)
+
+
 @overload
 def finite(value: float | None) -> float | None: ...
 @overload

@@ -25,6 +25,8 @@ from ..tracking.search import require_run
 from ..tracking.store import Store, open_store
 from . import doctor
 
+HOURS_PER_YEAR = 24 * 365.25
+
 PRESET = "quick"
 """Preset of a study's grid unless another is given."""
 
@@ -135,17 +137,22 @@ def _keep(
 def parse_prices(text: str) -> dict[str, float]:
     """Parse prices in money per hour: `0.5` for all machines, `EPYC=0.5,A100=2.4` by a part of their names, or `none`.
 
-    Returns prices by part of the name, "" for all. Raises UsageError.
+    `1600/3y` is a purchase price over a lifetime of years in which the machine always runs. Returns prices per hour by
+    part of the name, "" for all. Raises UsageError.
     """
     found: dict[str, float] = {}
     for part in text.split(",") if text.lower() != "none" else ():
         name, _, amount = part.rpartition("=")
         try:
-            found[name.strip()] = float(amount)
-        except ValueError:
+            paid, over, years = amount.partition("/")
+            if over and not years.endswith("y"):
+                raise ValueError(years)
+            found[name.strip()] = float(paid) / (float(years[:-1]) * HOURS_PER_YEAR if over else 1)
+        except (ValueError, ZeroDivisionError):
             found[name.strip()] = -1.0
         if not 0 < found[name.strip()] < float("inf"):
             raise UsageError(
-                f"--price is not a price per hour: {part}. Give --price 0.5, or by hardware --price EPYC=0.5,A100=2.4."
+                f"--price is not a price per hour: {part}. Give --price 0.5, or by hardware --price EPYC=0.5,A100=2.4, "
+                "or what it cost over its years: --price 1600/3y."
             )
     return found

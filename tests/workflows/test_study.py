@@ -94,6 +94,10 @@ def test_prices_are_read() -> None:
     assert parse_prices("none") == {}
     assert parse_prices("0.5") == {"": 0.5}
     assert parse_prices("EPYC=0.5, A100=2.4") == {"EPYC": 0.5, "A100": 2.4}
+    assert parse_prices("RTX 4090=1600/3y,0.5") == {"RTX 4090": pytest.approx(1600 / (3 * 8766)), "": 0.5}
+    for wrong in ("1600/3", "1600/0y", "1600/-1y", "/3y", "1600/3 years", "inf/1y"):
+        with pytest.raises(UsageError, match=f"--price is not a price per hour: {wrong}. Give --price 0.5"):
+            parse_prices(wrong)
 
 
 def test_a_study_of_nothing_is_refused() -> None:

@@ -10,7 +10,7 @@ from statistics import median
 from ...records.metrics import COST, ENERGY, KL, PERPLEXITY, TOP1
 from ...records.quantizations import COLOURS
 from ...records.results import RunResult
-from ...records.text import number_text
+from ...records.text import large_number_text, number_text
 from ..comparison import RATE
 from ..decisions.candidates import candidates, figure
 from .cells import MEDIAN_TTFT, Measured, describe, grouped, varied_settings
@@ -232,10 +232,10 @@ def cost_sentences(
         best = min(own, key=lambda m: m.metrics[COST.key()])
         value, low, high = with_interval(best, RATE) or (0.0, 0.0, 0.0)
         names = varied_settings([m.cell for m in own])
+        bought, least, most = (large_number_text(rate * 3600 / machine.price) for rate in (value, low, high))
         yield (
-            f"{machine.name} at {machine.price:g} per hour: at best {number_text(value * 3600 / machine.price)} tokens "
-            f"per unit of money ({number_text(low * 3600 / machine.price)} to "
-            f"{number_text(high * 3600 / machine.price)}), "
+            f"{machine.name} at {machine.price:.4g} per hour: one unit of money buys at best {bought} tokens ("
+            f"{least} to {most}), "
             f"{number_text(best.metrics[COST.key()])} per million tokens, with {describe(best.cell, names)}."
         )
 
