@@ -111,25 +111,33 @@ def last_level_cache_bytes() -> int | None:
 
 
 def require_device(device: str) -> str:
-    """Check a device; `auto` → `cuda` if an NVIDIA GPU answers and torch is not a CPU build, else `cpu`.
+    """Check a device; `auto` → `cuda` if an NVIDIA GPU answers and torch is a build that its driver starts, else `cpu`.
 
     Raises MissingError if the named device does not exist.
     """
-    count = len(gpu.gpus()) if device != "cpu" else 0
+    found = gpu.gpus() if device != "cpu" else []
     if device == "auto":
-        return "cuda" if count and not packages().get("torch", "").endswith("+cpu") else "cpu"
+        return "cuda" if found and _torch_starts_on(found[0]["cuda"]) else "cpu"
     if device.startswith("cuda"):
-        if not count:
+        if not found:
+            why = "; ".join(gpu.problems()) or "no NVIDIA driver or GPU answers"
             raise MissingError(
-                f"There is no CUDA device for device={device}: no NVIDIA driver or GPU answers. "
+                f"There is no CUDA device for device={device}: {why.rstrip('.')}. "
                 f"Use device=cpu, or see `{command_text('doctor')}`."
             )
         index = int(device.partition(":")[2] or 0)
-        if index >= count:
-            raise MissingError(
-                f"There is no device {device}: this machine has {count} GPU(s), cuda:0 to cuda:{count - 1}."
-            )
+        if index >= len(found):
+            known = "one GPU, cuda:0" if len(found) == 1 else f"{len(found)} GPUs, cuda:0 to cuda:{len(found) - 1}"
+            raise MissingError(f"There is no device {device}: this machine has {known}.")
     return device
+
+
+def _torch_starts_on(driver_cuda: str | None) -> bool:
+    """Return False if torch is a build for CPUs, or for a CUDA of a later major version than the driver supports."""
+    built_for = torch_runtime.versions()["cuda_runtime"]
+    if packages().get("torch", "").endswith("+cpu"):
+        return False
+    return not (built_for and driver_cuda) or int(driver_cuda.split(".")[0]) >= int(built_for.split(".")[0])
 
 
 def environment() -> dict[str, Any]:

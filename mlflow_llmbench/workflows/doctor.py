@@ -194,7 +194,8 @@ def gpu_items(gpus: Sequence[Mapping[str, Any]], reader: bool, problems: Sequenc
         yield Item("Machine", f"GPU {one['index']}", "ok", found, data=one)
     for number, problem in enumerate(problems):
         advice = "Look at `nvidia-smi` and at the kernel's log. A restart of the machine usually helps."
-        yield Item("Machine", f"GPU problem {number + 1}", "limited", problem, advice)
+        name = "GPU problem" if len(problems) == 1 else f"GPU problem {number + 1}"
+        yield Item("Machine", name, "limited", problem, advice)
 
 
 def disk_items() -> Iterator[Item]:

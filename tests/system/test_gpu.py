@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from mlflow_llmbench.records.errors import MissingError, NotRealised
-from mlflow_llmbench.system import gpu, machine
+from mlflow_llmbench.system import gpu, machine, torch_runtime
 
 Nvml = Callable[[str], None]
 
@@ -123,6 +123,8 @@ def test_a_driver_that_does_not_tell_its_version(nvml: Nvml, question: str) -> N
 def test_a_lost_gpu_hides_no_other(nvml: Nvml) -> None:
     nvml(SYSTEM + LOST + SMALL)
     assert names() == ["NVIDIA GeForce RTX 3060"]
+    with pytest.raises(MissingError, match=r"no device cuda:1: this machine has one GPU, cuda:0\."):
+        machine.require_device("cuda:1")
     assert gpu.problems() == ["GPU 0 of nvidia-smi does not answer: GPU is lost"]
     nvml(SYSTEM + SMALL + "fail nvmlDeviceGetUUID 15\n")  # lost after it was opened
     assert (names(), gpu.read(0)) == ([], None)
@@ -143,6 +145,8 @@ def test_a_driver_that_does_not_start(nvml: Nvml) -> None:
     nvml(f"fail nvmlInitWithFlags 18\n{SMALL}")
     assert gpu.gpus() == []
     assert gpu.problems() == ["the NVIDIA driver does not start: RM has detected an NVML/RM version mismatch."]
+    with pytest.raises(MissingError, match=r"for device=cuda: the NVIDIA driver does not start: .*mismatch\. Use "):
+        machine.require_device("cuda")
     nvml("fail nvmlInitWithFlags 9\n")  # none is loaded: no problem on a machine without a GPU
     assert (gpu.gpus(), gpu.problems(), gpu.read(0), gpu.process_bytes(1)) == ([], [], None, None)
 
@@ -260,3 +264,25 @@ def test_a_device_that_cuda_counts_otherwise_is_refused(nvml: Nvml, monkeypatch:
     nvml(SYSTEM + SMALL + "fail nvmlDeviceGetMemoryInfo 3\n" + DIVIDED + SLICES)
     gpu.check_identity("cuda:1", "the UUID of an instance")
     gpu.check_identity("cuda:7", "of a GPU that the driver does not show")
+
+
+@pytest.mark.parametrize(
+    ("torch", "built_for", "driver", "device"),
+    [
+        ("2.13.0+cu130", "13.0", 13000, "cuda"),
+        ("2.13.0+cu130", "13.2", 13000, "cuda"),  # minor versions are compatible
+        ("2.13.0+cu130", "13.0", 12080, "cpu"),  # CUDA would not start, and each cell would fail
+        ("2.9.0+cu128", "12.8", 13000, "cuda"),
+        ("2.13.0+cpu", None, 13000, "cpu"),
+        ("", None, 13000, "cuda"),  # a runtime without torch
+        ("2.13.0+cu130", "13.0", None, "cuda"),  # the driver does not tell
+    ],
+)
+def test_auto_takes_a_gpu_on_which_torch_starts(
+    nvml: Nvml, monkeypatch: pytest.MonkeyPatch, torch: str, built_for: str | None, driver: int | None, device: str
+) -> None:
+    nvml((f"cuda {driver}\n" if driver else "") + SMALL)
+    monkeypatch.setattr(machine, "packages", lambda: {"torch": torch} if torch else {})
+    monkeypatch.setattr(torch_runtime, "versions", lambda: {"cuda_runtime": built_for})
+    assert machine.require_device("auto") == device
+    assert machine.require_device("cuda") == "cuda"

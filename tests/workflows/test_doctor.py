@@ -179,7 +179,7 @@ def test_gpus_whose_driver_is_broken(nvml: Callable[[str], None]) -> None:
     assert [(item.name, item.status, item.found) for item in items] == [
         ("GPU 0", "ok", "NVIDIA GB10, memory not known, driver 580.95, CUDA not known"),
         ("GPU 1", "ok", "NVIDIA H100, memory not known, driver 580.95, CUDA not known"),
-        ("GPU problem 1", "limited", "GPU 1 of nvidia-smi does not answer: GPU is lost"),
+        ("GPU problem", "limited", "GPU 1 of nvidia-smi does not answer: GPU is lost"),
     ]  # fmt: skip
     json.dumps(to_json(report), allow_nan=False)
     assert "GPU is lost" in format_report(report.items)
@@ -189,7 +189,7 @@ def test_gpus_whose_driver_is_broken(nvml: Callable[[str], None]) -> None:
 def test_a_driver_that_does_not_start_is_named(nvml: Callable[[str], None]) -> None:
     nvml("fail nvmlInitWithFlags 18\n")
     [item] = [i for i in doctor.examine(torch_s=0.01).items if i.section == "Machine" and i.name.startswith("GPU")]
-    assert (item.name, item.status) == ("GPU problem 1", "limited")
+    assert (item.name, item.status) == ("GPU problem", "limited")
     assert item.found == "the NVIDIA driver does not start: RM has detected an NVML/RM version mismatch."
 
 
