@@ -351,6 +351,20 @@ def test_all_kinds_are_named_at_once() -> None:
     assert caught.value.exit_code == 2
 
 
+def test_gpus_are_told_apart_by_what_their_drivers_told() -> None:
+    part = {"name": "NVIDIA H100", "memory_bytes": 10 * 10**9, "mig": True, "multiprocessors": 16}
+    unknown = {"name": "NVIDIA GB10", "memory_bytes": None}
+    before, after = (
+        dataclasses.replace(
+            BF16, environment=MACHINE | {"gpus": gpus}, hashes=dataclasses.replace(BF16.hashes, hardware=str(len(gpus)))
+        )
+        for gpus in ([part], [unknown, part | {"multiprocessors": 32}])
+    )
+    assert list(map(str, differences(before, after))) == [
+        "GPU NVIDIA H100 (10 GB, MIG, 16 multiprocessors) → NVIDIA GB10 + NVIDIA H100 (10 GB, MIG, 32 multiprocessors)"
+    ]
+
+
 def test_facts_that_an_earlier_version_did_not_record_are_no_differences() -> None:
     later = {"cuda_runtime": "12.6", "rocm": None, "cudnn": "9.10", "nccl": None}
     cpu = MACHINE["cpu"] | {"quota_cpus": 2.0}
