@@ -28,7 +28,7 @@ from ..sweeps.sweep import execute, open_executor
 from ..system import estimate
 from . import recommend
 
-SMALL_MODEL = "smollm2-135m"
+SMALL_MODEL = "pythia-160m"
 """Preset that is measured unless a model is given: small, free, and known to every runtime."""
 
 QUANTIZATIONS = "bf16,int4"
