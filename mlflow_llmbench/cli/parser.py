@@ -114,12 +114,14 @@ class ParsedCommand(click.Command):
         )
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse; refuse an option without its value, and arguments that are too many."""
+        """Parse; refuse an option without its value, a list given twice, and arguments that are too many."""
         names = {option.name for option in self.declared.options if not option.positional}
         valued = names - {option.name for option in self.declared.options if option.flag or option.switch}
         for word, following in itertools.pairwise(args):
             if word in valued and following in names and not ctx.resilient_parsing:
                 raise UsageError(f"{word} needs a value.{_see(ctx)}")
+        if not ctx.resilient_parsing:
+            self._refuse_twice(args)
         with _errors_of(ctx):
             rest = super().parse_args(ctx, args)
         if rest and not ctx.resilient_parsing:
@@ -128,6 +130,18 @@ class ParsedCommand(click.Command):
             advice = f" Write {meant} {value}." if is_given and meant in names else ""
             raise UsageError(f"Unexpected argument: {rest[0]}.{advice or _see(ctx)}")
         return rest
+
+    def _refuse_twice(self, args: Sequence[str]) -> None:
+        """Raise UsageError for a list that is given twice: only the last one would count. Of others the last counts."""
+        words = args[: args.index("--")] if "--" in args else args
+        for option in self.declared.options:
+            given = [number for number, word in enumerate(words) if word.partition("=")[0] == option.name]
+            if len(given) < 2 or option.many or not (option.listed or option.metavar == "LIST"):
+                continue
+            values = ",".join(words[n].partition("=")[2] or "".join(words[n + 1 : n + 2]) for n in given)
+            raise UsageError(
+                f"{option.name} is given {len(given)} times. Give it once, with all values: {option.name} {values}."
+            )
 
 
 def _parameter(option: Option) -> click.Parameter:

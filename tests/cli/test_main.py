@@ -34,6 +34,14 @@ FAST = (
         (["--model", "x"], "llmbench: The command comes first, then --model: llmbench run --model …\n"),
         (["--versoin"], "llmbench: Unknown option: --versoin. Did you mean --version? See `llmbench --help`.\n"),
         (["run", "--quant"], "llmbench: --quant needs a value. See `llmbench run --help-all`.\n"),
+        (
+            ["run", "--quant", "int4", "--model=x", "--quant=int8"],
+            "llmbench: --quant is given 2 times. Give it once, with all values: --quant int4,int8.\n",
+        ),
+        (
+            ["gate", "x", "--against", "models:/x/1", "--limit", "ttft=10%", "--limit", "kl=0.1"],
+            "llmbench: --limit is given 2 times. Give it once, with all values: --limit ttft=10%,kl=0.1.\n",
+        ),
         (["run", "--quant", "--rerun"], "llmbench: --quant needs a value. See `llmbench run --help-all`.\n"),
         (["run", "--json=1"], "llmbench: --json takes no value. See `llmbench run --help-all`.\n"),
         (["run", "model=x"], "llmbench: Unexpected argument: model=x. Write --model x.\n"),
@@ -122,7 +130,7 @@ def test_run_prints_a_table_the_folder_and_how_to_open_the_ui(
 
 
 def test_a_failed_cell_is_exit_code_1(store_uri: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["run", *FAST, "--model", "fake:fail=oom"]) == 1
+    assert main(["run", *("fake:fail=oom" if "ttft_ms" in part else part for part in FAST)]) == 1
     assert "oom: Scripted out-of-memory error with 1 rows." in capsys.readouterr().out
 
 
