@@ -63,7 +63,8 @@ def trend_claims(study: ScalingStudy, cells: Sequence[Measured]) -> list[Claim]:
         _bandwidth(cells),
         Claim(
             "continuous_batching", "Continuous batching brings 10 to 20 times the throughput (Databricks)", "10 to 20",
-            "–", UNSAID, "A study uses batches of one shape. Compare `llmbench run --batching static,continuous`.",
+            "–", UNSAID,
+            "A study uses batches of one shape. Compare `llmbench run --batching static,continuous --request-rate 2`.",
         ),
         Claim(
             "consumer_cost", "Consumer hardware is the cheapest per token", "cost ÷ that of a data centre's below 1",
