@@ -18,7 +18,7 @@ from mlflow_llmbench.records.results import LoadInfo, RunResult
 from .test_laws import result
 
 SIZES = {"pythia-70m": 0.07, "pythia-410m": 0.41}
-BATCHES, LENGTHS = (1, 2, 4, 8), (64, 128, 256, 512)
+BATCHES, LENGTHS = (1, 2, 4), (64, 128, 256, 512)
 
 Time = Callable[[float, int, int], float]
 """A time in ms over the model's size (10⁹ parameters), batch size and prompt length."""
@@ -48,7 +48,7 @@ def power(
 
 
 @pytest.mark.parametrize(
-    ("large", "small", "verdict"), [(0.8, 0.5, CONFIRMED), (0.5, 0.8, NOT_CONFIRMED), (0.65, 0.65, UNSAID)]
+    ("large", "small", "verdict"), [(0.8, 0.5, CONFIRMED), (0.65, 0.65, UNSAID)]
 )
 def test_exponents_of_two_sizes_are_compared_with_their_intervals(large: float, small: float, verdict: str) -> None:
     both = partial(

@@ -164,7 +164,8 @@ def test_a_gguf_file_of_a_repository_is_resolved_downloaded_once_and_measured(
     assert fetched
     assert all(COMMIT in r and r.endswith("tiny-f32.gguf") for r in fetched)
     hub.requests.clear()
-    hub.silent = True
+    hub.shutdown()
+    hub.server_close()
     again = llmbench(hub, tmp_path, store_uri, "--model", "tiny/llama:tiny-f32.gguf", "--quant", "bf16")
     assert again.returncode == 0, again.stderr
     assert not [r for r in hub.requests if r.endswith(".gguf")]
