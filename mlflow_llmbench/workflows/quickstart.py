@@ -17,7 +17,7 @@ from ..backends.checkpoints import packaged_model, sources
 from ..config import model_shape
 from ..config.models import find_preset
 from ..config.spec import parse
-from ..records.backends import DEFAULT_BACKEND, capabilities_of, library_of
+from ..records.backends import DEFAULT_BACKEND, backend_of, capabilities_of, library_of
 from ..records.errors import ModelError, TrackingError, UsageError
 from ..records.installation import pip_install
 from ..records.quantizations import SCHEMES
@@ -101,7 +101,7 @@ def prepare(model: str = AUTO, quant: str = AUTO, others: Mapping[str, str] | No
             f"A decision needs two configurations, and there is one: quant={quant}. Give two: bf16,{quant}."
         )
     planned, left_out = _plan({**given, **chosen.like}), ""
-    if quant == AUTO and backend == DEFAULT_BACKEND:
+    if quant == AUTO and backend_of(backend, RUNTIME_SCHEME) != backend:  # it has a delegate that runs it
         planned, left_out = _with_runtime(planned, given, chosen.like)
         given["quant"] = ",".join(str(one) for one in planned.spec.axes["quant"])
     asked = {**others, "model": model, "quant": quant}
