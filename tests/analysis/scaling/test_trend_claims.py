@@ -47,9 +47,7 @@ def power(
     return batch ** (1 - beta(size, prompt)) * prompt ** mu(size) * size**0.5
 
 
-@pytest.mark.parametrize(
-    ("large", "small", "verdict"), [(0.8, 0.5, CONFIRMED), (0.65, 0.65, UNSAID)]
-)
+@pytest.mark.parametrize(("large", "small", "verdict"), [(0.8, 0.5, CONFIRMED), (0.65, 0.65, UNSAID)])
 def test_exponents_of_two_sizes_are_compared_with_their_intervals(large: float, small: float, verdict: str) -> None:
     both = partial(
         power,
