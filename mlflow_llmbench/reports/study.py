@@ -10,23 +10,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..analysis.decisions.candidates import MEMORY, Candidate, figure, interval
-from ..analysis.decisions.recommend import GOALS, QUALITY_MEASURES
-from ..analysis.scaling.cells import MEDIAN_TTFT, varied_settings
+from ..analysis.decisions.candidates import MEMORY, Candidate, interval
+from ..analysis.scaling.cells import varied_settings
 from ..analysis.scaling.choices import Choice
 from ..analysis.scaling.claims import CONFIRMED, NOT_CONFIRMED, UNSAID, Claim
-from ..analysis.scaling.deployment import Deployment
 from ..analysis.scaling.findings import Findings
 from ..analysis.scaling.focus import at_focus
-from ..analysis.scaling.study import MEAN_TPOT
 from ..records.codec import to_json
-from ..records.metrics import OUTPUT_RATE
-from ..records.text import number_text
 from .charts.catalogue import charts_of
+from .deployment import (
+    NONE_VALID,
+    deployment_lead,
+    deployment_notes,
+    deployments_table,
+    left_out,
+    marked,
+    speed_figures,
+)
 from .escaping import markdown
 from .html import page
 from .recommendation import answer
-from .result import command, environment_facts, row_of, table_cells
+from .result import environment_facts, row_of, table_cells
 from .scaling import METHOD, law_cells, scaling_sections
 from .sweep import chart_name
 from .tables import Table, markdown_table
@@ -35,9 +39,6 @@ MOST_LINES, MOST_GROUPS = 10, 6
 """Most sentences under one heading, and most groups of cells of one law, in the report; scaling.md has all."""
 
 CLAIM_HEADING = ("the paper says", "its range", "measured here")
-DEPLOYMENT_HEADING = (
-    "constraint", "deploy", "tokens/s", "TTFT ms", "ms per token", "peak memory", "best of another model", "quality",
-)  # fmt: skip
 CHOICE_HEADING = ("model", "constraint", "deploy", "tokens/s", "TTFT ms", "ms per token", "peak memory", "note")
 
 
@@ -90,7 +91,12 @@ def sections(found: Findings, drawn: Drawn) -> list[Section]:
     judged = [claim for claim in found.claims if claim.measured != "–"]
     rest = tuple((title, _cut(lines)) for title, lines in laws.items() if title != "Laws")
     told = [
-        _deployments(found),
+        Section(
+            "What to deploy",
+            deployment_lead(found),
+            deployments_table(found.deployments) if found.deployments else None,
+            groups=deployment_notes(found),
+        ),
         Section("Findings", groups=tuple(found.sentences.items())),
         Section(
             "The paper's claims",
@@ -213,72 +219,6 @@ def claims_table(claims: Sequence[Claim]) -> Table:
     return Table(CLAIM_HEADING, tuple((claim.said, claim.range, claim.measured) for claim in claims))
 
 
-def _deployments(found: Findings) -> Section:
-    """Return the first section: which configuration to deploy under each constraint, across the models."""
-    shape = f"prompts of {found.focus.prompt:g} tokens on {found.focus.machine.name}"
-    lead = (
-        f"For {shape}. Within a limit the largest model that keeps it counts, with its configuration of the most "
-        "tokens. Each figure is measured; the interval is the 95 % interval of the mean."
-    )
-    if not found.deployments:
-        return Section("What to deploy", f"No configuration can be recommended for {shape}: none is valid.")
-    cautions = {c: None for one in found.deployments for c in one.found.cautions}
-    groups = (
-        ("Not measurably slower than the choice", tuple(_ties(one) for one in found.deployments if _ties(one))),
-        ("Looked better and was left out", _left_out(found.deployments)),
-        ("Intervals that cross a limit", tuple(cautions)),
-    )
-    return Section("What to deploy", lead, deployments_table(found.deployments), groups=groups)
-
-
-def deployments_table(rows: Sequence[Deployment]) -> Table:
-    """Return the table of the answers across models, with their quality if it was measured."""
-    body = []
-    for one in rows:
-        winner = one.found.winner
-        assert winner
-        second = "–" if one.second is None else f"{one.second.name} ({_goal_text(one.second, one)})"
-        body.append([one.constraint, winner.name, *_figures(winner), second, _quality(winner)])
-    shown = len(DEPLOYMENT_HEADING) - all(line[-1] == "–" for line in body)
-    return Table(DEPLOYMENT_HEADING[:shown], tuple(tuple(line[:shown]) for line in body), frozenset(range(2, 6)))
-
-
-def _goal_text(one: Candidate, of: Deployment) -> str:
-    target = GOALS[of.found.goal]
-    return figure(target.keys[-1], one.value(target) or 0.0)
-
-
-def _quality(one: Candidate) -> str:
-    """Return what the quantization costs, if it was measured."""
-    found = [(measure, one.value(measure)) for measure in QUALITY_MEASURES.values()]
-    shown = [f"{measure.label} {figure(measure.keys[-1], value)}" for measure, value in found if value is not None]
-    return ", ".join(shown) or "–"
-
-
-def _ties(one: Deployment) -> str:
-    names = [runner.candidate.name for runner in one.found.runners_up if runner.tied]
-    return f"{one.constraint}: {', '.join(names)}." if names else ""
-
-
-def _left_out(rows: Sequence[Deployment]) -> tuple[str, ...]:
-    """Say which configurations would have been chosen under which constraints, why not, and what settles it."""
-    found: dict[int, list[Deployment]] = {}
-    for row in rows:
-        if row.better:
-            found.setdefault(id(row.better.candidate), []).append(row)
-    lines = []
-    for own in found.values():
-        better, winner = own[0].better, own[0].found.winner
-        assert better and winner
-        gain = f"{GOALS[own[0].found.goal].label} {_goal_text(better.candidate, own[0])}"
-        lines.append(
-            f"{better.candidate.name}, under {' and '.join(one.constraint for one in own)}: {gain} instead of "
-            f"{_goal_text(winner, own[0])} of {winner.name}, but {better.why}. To settle it, measure it again: "
-            f"{command(better.candidate.result.cell)} --rerun true"
-        )
-    return tuple(lines)
-
-
 def _cells(found: Findings) -> Table:
     """Return the table of all results of the study, with their verdicts."""
     rows = [row_of(result) for result in found.results]
@@ -314,23 +254,9 @@ def choices_table(choices: Sequence[Choice]) -> Table:
         winner = choice.found.winner
         ties = [runner.candidate.name for runner in choice.found.runners_up if runner.tied]
         note = answer(choice.found) if winner is None else f"not measurably worse: {', '.join(ties)}" if ties else ""
-        figures = _figures(winner) if winner else ("–",) * 4
-        body.append((choice.model, choice.constraint, winner.name if winner else "–", *figures, note))
+        figures = speed_figures(winner) if winner else ("–",) * 4
+        body.append((choice.model, choice.constraint, marked(winner) if winner else "–", *figures, note))
     return Table(CHOICE_HEADING, tuple(body), frozenset(range(3, 7)))
-
-
-def _figures(one: Candidate) -> tuple[str, ...]:
-    rate, low, high = (one.metrics.get(key) for key in OUTPUT_RATE.mlflow_keys())
-    first, gap = one.metrics.get(MEDIAN_TTFT), one.metrics.get(MEAN_TPOT)
-    shown = (
-        "–"
-        if rate is None
-        else number_text(rate)
-        + (f" ({number_text(low)} to {number_text(high)})" if low is not None and high is not None else "")
-    )
-    key = MEMORY.key(one.metrics)
-    peak = figure(key, one.metrics[key]) if key else "–"
-    return shown, *("–" if value is None else number_text(value) for value in (first, gap)), peak
 
 
 def _cautions(choices: Sequence[Choice]) -> tuple[tuple[str, tuple[str, ...]], ...]:
@@ -409,15 +335,17 @@ def format_study(found: Findings) -> str:
     if found.deployments:
         lines = deployments_table(found.deployments).body
         deploy = [f"- {line[0]}: {line[1]} ({line[2]} tokens/s, {line[5]})" for line in lines]
-        deploy += [f"- Left out: {line}" for line in _left_out(found.deployments)]
+        deploy += [f"- Left out: {line}" for line in left_out(found.deployments)]
         blocks.append("\n".join(["What to deploy:", *deploy]))
+    else:
+        blocks.append(f"What to deploy:\n- No configuration can be recommended: {NONE_VALID}")
     blocks += ["\n".join([f"{title}:", *(f"- {line}" for line in lines)]) for title, lines in found.sentences.items()]
     judged = [c for c in found.claims if c.measured != "–"]
     claims = [f"- {c.said} ({c.range}): {c.verdict}. {c.measured}." for c in judged]
     claims += [f"- {UNSAID.capitalize()}: {line}" for line in _unmeasured(found.claims)]
     blocks.append("\n".join(["The paper's claims:", *claims]))
     if found.choices:
-        table = choices_table(found.choices)
+        table = choices_table([choice for choice in found.choices if choice.found.winner])
         blocks.append(
             "\n".join(
                 [
@@ -466,6 +394,7 @@ def study_json(found: Findings, missing: Sequence[tuple[str, str]]) -> dict[str,
             {
                 "constraint": one.constraint,
                 "winner": one.found.winner and _chosen(one.found.winner),
+                "accepted_suspect": one.found.accepted_suspect,
                 "next_best_model": one.second and _chosen(one.second),
                 "left_out": one.better and {**_chosen(one.better.candidate), "why": one.better.why},
             }

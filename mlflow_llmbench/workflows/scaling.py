@@ -8,6 +8,7 @@ from ..analysis.scaling import study as analysis
 from ..analysis.scaling.study import ScalingStudy
 from ..records.errors import UsageError
 from ..reports import artifacts
+from ..system import calibrations
 from ..tracking.load_results import load_all
 from .destination import NOT_KEPT, Destination
 
@@ -30,7 +31,7 @@ def scaling(
     value) to predict at. `on_result` gets the study before it is written and logged. Raises UsageError, NotFitted, or
     the errors of `load_results`.
     """
-    study = analysis.study_scaling(load_all(references, tracking_uri), share, list(at))
+    study = analysis.study_scaling(load_all(references, tracking_uri), share, list(at), calibrations.kept())
     on_result(study)
     destination.keep(lambda folder: artifacts.write_scaling(study, folder), "scaling", tracking_uri)
     return study

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from ...records.calibration import Calibration
 from ...records.cell import Cell, differing
 from ...records.metrics import PROMPT_TOKENS, TTFT
 from ...records.results import RunResult
@@ -23,10 +24,11 @@ MOST_NAMED = 4
 
 @dataclass(frozen=True)
 class Measured:
-    """A usable result with its summary metrics."""
+    """A usable result with its summary metrics. `calibrations`: as in `compare`."""
 
     result: RunResult
     metrics: Mapping[str, float]
+    calibrations: tuple[Calibration, ...] = ()
 
     @property
     def cell(self) -> Cell:
@@ -61,7 +63,9 @@ class Measured:
         return [value for value in found or [] if value > 0]
 
 
-def select_usable(results: Sequence[RunResult]) -> tuple[list[Measured], list[str]]:
+def select_usable(
+    results: Sequence[RunResult], calibrations: Sequence[Calibration] = ()
+) -> tuple[list[Measured], list[str]]:
     """Return one result of each configuration with a valid or suspect verdict, and a line on each result left out.
 
     If a configuration was measured several times with one hardware and software, the newest valid result counts, else
@@ -83,7 +87,7 @@ def select_usable(results: Sequence[RunResult]) -> tuple[list[Measured], list[st
         elif not result.repetitions:
             left_out.append(f"{name}: no repetitions")
         else:
-            kept.append((Measured(result, metrics), name))
+            kept.append((Measured(result, metrics, tuple(calibrations)), name))
             rank = _rank(result)
             newest[_configuration(result)] = max(newest.get(_configuration(result), rank), rank)
     chosen = []

@@ -58,22 +58,29 @@ def deployments(
 
     Constraints that nothing keeps, or that have the answer of a row before them, are left out.
     """
+    return tuple(_Answers(candidates(_at(results, focus)), accept_suspect, judge).rows())
+
+
+def _at(results: Sequence[RunResult], focus: Focus) -> list[RunResult]:
     shape = focus.cells[0].cell
-    given = candidates(
-        [
-            one
-            for one in results
-            if one.hashes.env == focus.machine.env
-            and (one.cell.prompt_tokens or focus.prompt) == focus.prompt
-            and (one.cell.output_tokens, one.cell.batching) == (shape.output_tokens, shape.batching)
-        ]
-    )
-    return tuple(_Answers(given, accept_suspect, judge).rows())
+    return [
+        one
+        for one in results
+        if one.hashes.env == focus.machine.env
+        and (one.cell.prompt_tokens or focus.prompt) == focus.prompt
+        and (one.cell.output_tokens, one.cell.batching) == (shape.output_tokens, shape.batching)
+    ]
 
 
-def parameters_of(one: Candidate) -> float:
+def size_of(one: Candidate) -> float:
     """Number of parameters of a candidate's model, 0 if it is unknown."""
     return float(one.result.load.facts.get("model.parameters") or 0) if one.result.load else 0.0
+
+
+def models_elsewhere(results: Sequence[RunResult], focus: Focus) -> tuple[str, ...]:
+    """Return the models that were measured, but not at the focus's machine, prompt length and other settings."""
+    there = {one.cell.model for one in _at(results, focus)}
+    return tuple(dict.fromkeys(one.cell.model for one in results if one.cell.model not in there))
 
 
 class _Answers:
@@ -81,8 +88,7 @@ class _Answers:
 
     def __init__(self, given: Sequence[Candidate], accept_suspect: str | None, judge: Judge) -> None:
         self.given, self.accept_suspect, self.judge = given, accept_suspect, judge
-        sizes = {one.result.cell.model: parameters_of(one) for one in given}
-        self.models = sorted(sizes, key=lambda model: (-sizes[model], model))
+        self.sizes = sorted({size_of(one) for one in given}, reverse=True)
 
     def rows(self) -> Iterator[Deployment]:
         yield from self._limited("memory", MEMORY, BUDGETS_GB, "memory ≤ {}", len(BUDGETS_GB))
@@ -117,13 +123,14 @@ class _Answers:
 
     def _row(self, words: str, limits: tuple[Limit, ...]) -> Deployment | None:
         """Choose the largest model that keeps the limits, and its configuration with the most tokens."""
-        for number, model in enumerate(self.models):
-            own = [one for one in self.given if one.result.cell.model == model]
+        for size in self.sizes:
+            own = [one for one in self.given if size_of(one) == size]
             found = self._choose(own, "throughput", limits)
             if found.winner:
-                others = [one for one in self.given if one.result.cell.model in self.models[number + 1 :]]
+                model = found.winner.result.cell.model
+                others = [one for one in self.given if size_of(one) <= size and one.result.cell.model != model]
                 second = self._choose(others, "throughput", limits).winner if others else None
-                larger = [one for one in self.given if one.result.cell.model in self.models[:number]]
+                larger = [one for one in self.given if size_of(one) > size]
                 return Deployment(words, found, second, self._better(found, [*larger, *own], larger))
         return None
 

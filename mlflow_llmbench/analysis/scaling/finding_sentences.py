@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from ...records.backends import recorded_capabilities
 from ...records.metrics import COST, ENERGY, KL, PERPLEXITY, TOP1
 from ...records.quantizations import COLOURS
 from ...records.results import RunResult
@@ -14,11 +15,12 @@ from ...records.text import large_number_text, number_text
 from ..comparison import RATE
 from ..decisions.candidates import candidates, figure
 from .cells import MEDIAN_TTFT, Measured, describe, grouped, varied_settings
-from .claims import Estimate, pooled
+from .claims import Estimate, pooled, rests_text
+from .effects import effect_ratio
 from .focus import Focus, Machine, at_focus, labels, with_interval
 from .paper_claims import QuantEffect
 from .study import MEAN_TPOT, ScalingStudy
-from .tradeoffs import Ratio, ratio
+from .tradeoffs import Ratio
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,13 @@ def measured_sentences(
     yield f"{text}, on {'; '.join(f'{m.name} ({m.cells})' for m in machines)}." + (
         f" {suspect} of them are suspect." if suspect else ""
     )
-    kinds = Counter(m.cell.weights for m in cells)
+    kinds = Counter("" if recorded_capabilities(m.cell.backend).scripted else m.cell.weights for m in cells)
     if len(kinds) > 1:
+        shown = {"random": "random weights", "hub": "published weights", "": "no weights but a script (fake)"}
+        told = ", ".join(f"{count} cells have {shown[kind]}" for kind, count in kinds.most_common())
         yield (
-            f"{kinds['random']} cells have random weights and {kinds['hub']} published ones. Speed and memory follow "
-            "from the shape of a model, so both kinds are compared; quality is of published weights alone."
+            f"{told}. Speed and memory follow from the shape of a model, so all are compared; quality is of published "
+            "weights alone."
         )
     names = varied_settings([m.cell for m in cells])
     for what, key, better in (
@@ -106,17 +110,14 @@ def quantization_sentences(effects: Sequence[QuantEffect], not_said: list[tuple[
         own = [e for e in effects if (e.quant, e.memory.reference) == (quant, reference)]
         speed = pooled([(e.measured.cell.model, e.speed) for e in own])
         first = pooled(
-            [
-                (e.measured.cell.model, ratio(quant, e.measured.values(MEDIAN_TTFT), e.reference.values(MEDIAN_TTFT)))
-                for e in own
-            ]
+            [(e.measured.cell.model, effect_ratio(quant, e.measured, e.reference, MEDIAN_TTFT)) for e in own]
         )
         shares = [(median(values), name) for name, values in _saved(own) if values]
         saved = [f"{100 * abs(share):.3g} % {'less' if share >= 0 else 'more'} {name}" for share, name in shares]
         memory = f". It takes {' and '.join(saved)}" + (" (medians)" if len(own) > 1 else "") if saved else ""
         yield (
             f"{quant} against {reference}: {_with_spread(speed)} times the throughput, {_with_spread(first)} times the "
-            f"time to first token; over {speed.count} {speed.units}{memory}."
+            f"time to first token; {rests_text(speed)}{memory}."
         )
 
 
@@ -152,7 +153,7 @@ def setting_sentences(focus: Focus, setting: str, words: str) -> Iterator[str]:
 
     def effect(key: str) -> Estimate | None:
         found = [
-            (low.cell.model, ratio("", high.values(key), low.values(key)))
+            (low.cell.model, effect_ratio("", high, low, key))
             for low, high in pairs[least, most]
             if low.values(key) and high.values(key)
         ]
@@ -256,7 +257,7 @@ def compare_machines(cells: Sequence[Measured], machines: Sequence[Machine]) -> 
                     describe(measured.cell, names),
                     machines[0].name,
                     other.name,
-                    ratio("", measured.values(RATE), first.values(RATE)),
+                    effect_ratio("", measured, first, RATE),
                 )
 
 

@@ -72,8 +72,8 @@ def find(
     no machine.
     """
     results = _priced(results, prices or {})
-    study = study_scaling(results, share)
-    cells, _ = select_usable(results)
+    study = study_scaling(results, share, calibrations=calibrations)
+    cells, _ = select_usable(results, calibrations)
     machines = find_machines(cells)
     focus = choose_focus(cells, machines)
     effects = tuple(quant_effects(cells))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from ..comparison import RATE
-from . import memory_account, tradeoffs
+from . import memory_account
 from .cells import Measured, grouped
 from .claims import (
     CONFIRMED,
@@ -22,6 +22,7 @@ from .claims import (
     range_text,
     rests_text,
 )
+from .effects import effect_ratio
 from .fitting import Parameter
 from .law_sentences import paper_range
 from .laws import LawFit
@@ -63,7 +64,7 @@ def quant_effects(cells: Sequence[Measured]) -> list[QuantEffect]:
         by_quant = {measured.cell.quant: measured for measured in group}
         for saved in memory_account.reductions(group):
             measured, reference = by_quant[saved.quant], by_quant[saved.reference]
-            speed = tradeoffs.quantization_efficiency(saved.quant, measured.values(RATE), reference.values(RATE))
+            speed = effect_ratio(saved.quant, measured, reference, RATE)
             found.append(QuantEffect(measured, reference, speed, saved))
     return found
 
@@ -148,7 +149,7 @@ def _between_claim(cells: Sequence[Measured]) -> Claim:
                 found.append(
                     (
                         group[0].cell.model,
-                        tradeoffs.ratio(other, by_quant[GPTQ].values(RATE), by_quant[other].values(RATE)),
+                        effect_ratio(other, by_quant[GPTQ], by_quant[other], RATE),
                     )
                 )
     said, claimed = "GPTQ lies between INT4 and INT8 in speed", "GPTQ ÷ INT8 below 1, GPTQ ÷ INT4 above 1"
@@ -172,9 +173,14 @@ def _between_claim(cells: Sequence[Measured]) -> Claim:
 def _batch_claim(study: ScalingStudy) -> Claim:
     """Judge the best batch size per instance, together with the sizes that are not measurably worse."""
     said, claimed = "The best batch size per instance is 4 to 16", "4 to 16"
-    best = [{batch.optimal.per_instance, *batch.optimal.alike} for batch in study.batches]
+    best = [
+        {batch.optimal.per_instance, *batch.optimal.alike}
+        for batch in study.batches
+        if any(BATCHES[0] <= int(one.name) <= BATCHES[1] for one in batch.efficiency)
+    ]
     if not best:
-        return Claim("best_batch", said, claimed, "–", UNSAID, "No cells differ only in batch size.")
+        why = f"It needs cells that differ only in batch size, and some of {claimed}."
+        return Claim("best_batch", said, claimed, "–", UNSAID, why)
     inside = sum(all(BATCHES[0] <= size <= BATCHES[1] for size in sizes) for sizes in best)
     outside = sum(not any(BATCHES[0] <= size <= BATCHES[1] for size in sizes) for sizes in best)
     verdict = CONFIRMED if inside == len(best) else NOT_CONFIRMED if outside * 2 > len(best) else UNSAID

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
+from ...records.calibration import Calibration
 from ...records.errors import LlmbenchError, UsageError
 from ...records.metrics import TPOT
 from ...records.results import RunResult
 from ..comparison import RATE
 from . import memory_account, tradeoffs
 from .cells import MEDIAN_TTFT, Measured, grouped, select_usable, subject
+from .effects import effect_ratio
 from .fitting import Prediction
 from .laws import LawFit, fit_laws, interpolate
 from .memory_account import Growth, MemoryBreakdown, Reduction
@@ -114,17 +116,20 @@ class Failures:
 
 
 def study_scaling(
-    results: Sequence[RunResult], share: float = tradeoffs.KEPT_SHARE, at: Sequence[tuple[str, float]] = ()
+    results: Sequence[RunResult],
+    share: float = tradeoffs.KEPT_SHARE,
+    at: Sequence[tuple[str, float]] = (),
+    calibrations: Sequence[Calibration] = (),
 ) -> ScalingStudy:
     """Fit and compute everything that the results allow.
 
     `share`: share of the best per-instance throughput that a batch must keep. `at`: (setting, value) pairs to predict,
-    in addition to the powers of two between the cells. Raises UsageError if no result can be used, if the share is
-    outside 0 to 1, or if no law over a setting was fitted; OutOfRange for a value outside the range of a law over its
-    setting.
+    in addition to the powers of two between the cells. `calibrations`: as in `compare`. Raises UsageError if no result
+    can be used, if the share is outside 0 to 1, or if no law over a setting was fitted; OutOfRange for a value outside
+    the range of a law over its setting.
     """
     check_share(share)
-    cells, left_out = select_usable(results)
+    cells, left_out = select_usable(results, calibrations)
     if not cells:
         raise UsageError(
             f"None of the {len(results)} results can be used: {'; '.join(left_out[:3])}. Measure them again."
@@ -208,9 +213,9 @@ def _quants(cells: Sequence[Measured]) -> Iterator[QuantEfficiency]:
         memory = memory_account.reductions(group)
         if not memory:
             continue
-        by_quant = {measured.cell.quant: measured.values(RATE) for measured in group}
+        by_quant = {measured.cell.quant: measured for measured in group}
         reference = memory[0].reference
-        ratios = [tradeoffs.quantization_efficiency(r.quant, by_quant[r.quant], by_quant[reference]) for r in memory]
+        ratios = [effect_ratio(r.quant, by_quant[r.quant], by_quant[reference], RATE) for r in memory]
         yield QuantEfficiency(where, reference, tuple(ratios), tuple(memory))
 
 

@@ -104,11 +104,6 @@ def scaling_efficiency(rates: Mapping[int, Sequence[float]]) -> list[Ratio]:
     return [ratio(str(size), values, rates[1], 1 / size) for size, values in sorted(rates.items()) if size != 1]
 
 
-def quantization_efficiency(name: str, quantized: Sequence[float], reference: Sequence[float]) -> Ratio:
-    """Return T_q / T_ref (EffiLLM, Performance Impact of Quantization), from each repetition's throughput."""
-    return ratio(name, quantized, reference)
-
-
 def optimal_batch(rates: Mapping[int, Sequence[float]], share: float = KEPT_SHARE) -> OptimalBatch:
     """Return the best batch size by both definitions.
 

@@ -64,7 +64,7 @@ def trend_claims(study: ScalingStudy, cells: Sequence[Measured]) -> list[Claim]:
         Claim(
             "continuous_batching", "Continuous batching brings 10 to 20 times the throughput (Databricks)", "10 to 20",
             "–", UNSAID,
-            "A study uses batches of one shape. Compare `llmbench run --batching static,continuous --request-rate 2`.",
+            "A study uses batches of one shape. Compare llmbench run --batching static,continuous --request-rate 2.",
         ),
         Claim(
             "consumer_cost", "Consumer hardware is the cheapest per token", "cost ÷ that of a data centre's below 1",

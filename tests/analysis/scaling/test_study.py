@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from mlflow_llmbench.analysis.comparison import compare
 from mlflow_llmbench.analysis.scaling import claims
 from mlflow_llmbench.analysis.scaling.claims import CONFIRMED, NOT_CONFIRMED, UNSAID, Claim
 from mlflow_llmbench.analysis.scaling.findings import Findings, find
@@ -20,6 +21,7 @@ from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.errors import UsageError
 from mlflow_llmbench.records.results import Divergence, Failure, LoadInfo, MemoryStages, Quality, RunResult
 from mlflow_llmbench.reports import artifacts
+from mlflow_llmbench.reports.study import format_study
 
 from .test_laws import result
 
@@ -119,7 +121,7 @@ def test_a_claim_that_is_wrong_here_is_not_confirmed_and_one_without_data_is_not
     assert (four.verdict, four.measured) == (UNSAID, "–")
     assert "No cell of int4 was measured together with a 16-bit cell" in four.why
     assert claim(slow, "gptq_between").why == "No cell of gptq was measured beside both int8 and int4."
-    assert claim(slow, "best_batch").why == "No cells differ only in batch size."
+    assert claim(slow, "best_batch").why.startswith("It needs cells that differ only in batch")
 
 
 def test_the_slope_of_memory_is_held_against_the_papers_bytes(found: Findings) -> None:
@@ -230,6 +232,57 @@ def test_a_better_cell_that_was_left_out_is_named_with_what_would_settle_it(tmp_
     rows = {one.constraint: one for one in find([*suspect, larger]).deployments}
     budget = rows["memory ≤ 0.5 GB"]
     assert budget.better and budget.better.candidate.result.cell.model == "gemma-3-270m"
+
+
+def test_accepted_suspect_results_are_marked_with_the_reason(tmp_path: Path) -> None:
+    unsteady = [dataclasses.replace(one, steady=False) for one in grid(["opt-125m", "pythia-70m"], ["bf16"])]
+    alone = measured("gemma-3-270m", prompt=64)
+    artifacts.write_study(find([*unsteady, alone], accept_suspect="a busy machine"), tmp_path)
+    text = unescape((tmp_path / "study" / "report.md").read_text())
+    assert "Suspect results take part and are marked, because: a busy machine." in text
+    assert "opt-125m batch 16 (suspect)" in text and "(suspect) (" in text
+    assert "Models that were measured only at other lengths or elsewhere are not in it: gemma-3-270m." in text
+    found = json.loads((tmp_path / "study" / "study.json").read_text())
+    assert {one["accepted_suspect"] for one in found["deployments"]} == {"a busy machine"}
+    none = find(unsteady)
+    assert "- No configuration can be recommended: none is valid." in format_study(none)
+    assert "Choices by model:\n-" not in format_study(none)
+
+
+def test_models_of_one_size_are_told_apart_by_speed() -> None:
+    first, second = grid(["opt-125m"], ["bf16"]), grid(["opt-125m"], ["bf16"], speed=1.5)
+    second = [dataclasses.replace(one, cell=dataclasses.replace(one.cell, model="opt-125m-b")) for one in second]
+    second = [
+        dataclasses.replace(one, hashes=dataclasses.replace(one.hashes, config=f"b{i}")) for i, one in enumerate(second)
+    ]
+    rows = find([*first, *second]).deployments
+    assert {one.found.winner and one.found.winner.result.cell.model for one in rows} == {"opt-125m-b"}
+    assert {one.second and one.second.result.cell.model for one in rows} <= {"opt-125m", None}
+
+
+def test_the_interval_of_a_quantizations_effect_is_that_of_compare() -> None:
+    """Also where repetitions are disturbed, and with the noise between processes."""
+    fast, slow = measured(), measured(quant="int8")
+    for a, b in ((fast, slow), (with_slow_repetition(fast), slow)):
+        [effect] = find([a, b]).effects
+        told = compare(a, b).effect("throughput/output_tokens_per_s")
+        assert told and (effect.speed.value, effect.speed.low, effect.speed.high) == pytest.approx(
+            (told.ratio, told.low, told.high)
+        )
+    assert effect.speed.high and effect.speed.low and effect.speed.high / effect.speed.low > 1.5
+
+
+def with_slow_repetition(one: RunResult) -> RunResult:
+    """One repetition took five times as long."""
+    last = one.repetitions[-1]
+    [request] = last.requests
+    late = dataclasses.replace(request, stamps_ns=tuple(5 * stamp for stamp in request.stamps_ns))
+    return dataclasses.replace(one, repetitions=(*one.repetitions[:-1], dataclasses.replace(last, requests=(late,))))
+
+
+def test_a_best_batch_needs_some_of_the_papers_range() -> None:
+    few = find([measured(batch=batch) for batch in (1, 2)])
+    assert (claim(few, "best_batch").verdict, claim(few, "best_batch").measured) == (UNSAID, "–")
 
 
 def test_budgets_are_rows_while_their_answers_differ() -> None:

@@ -183,7 +183,7 @@ def test_the_interval_of_a_ratio_covers_and_is_as_wide_as_welchs() -> None:
 
 
 def test_quantization_efficiency_is_a_ratio_of_geometric_means() -> None:
-    found = tradeoffs.quantization_efficiency("int8", [90.0, 91.0, 89.0], [100.0, 102.0, 98.0])
+    found = tradeoffs.ratio("int8", [90.0, 91.0, 89.0], [100.0, 102.0, 98.0])
     assert found.value == pytest.approx(math.prod([90, 91, 89]) ** (1 / 3) / math.prod([100, 102, 98]) ** (1 / 3))
     assert found.low is not None and found.high is not None and found.low < found.value < found.high
-    assert tradeoffs.quantization_efficiency("int8", [90.0], [100.0]).low is None
+    assert tradeoffs.ratio("int8", [90.0], [100.0]).low is None
