@@ -98,7 +98,7 @@ def recommend(
         tracking_uri=tracking_uri,
         on_result=show,
     )
-    print(f"\n{format_logged(done.run_id, done.store_uri, done.sweep, done.offer)}")
+    print(f"\n{format_logged(done.run_id, done.store_uri, done.sweep, done.offer, done.kept)}")
     if json:
         print_json(recommendation_json(done.found))
     return 0 if done.found.winner else 1

@@ -26,8 +26,13 @@ def format_promoted(uri: str, before: str | None) -> str:
     )
 
 
-def format_logged(run_id: str | None, store_uri: str, sweep: str, offer: str = "") -> str:
-    """Return where a recommendation was logged (`run_id` is None if it was not), and a sentence on registering it."""
+def format_logged(run_id: str | None, store_uri: str, sweep: str, offer: str = "", kept: bool = False) -> str:
+    """Return where a recommendation was logged (`run_id` is None if it was not), and a sentence on registering it.
+
+    `kept`: it has no winner and was not logged, because the run holds a recommendation with one.
+    """
     if run_id is None:
         return f"Not logged: the store {redact(store_uri)} has no run of the sweep {sweep}."
+    if kept:
+        return f"Not logged: the run {run_id} keeps its earlier recommendation, which has a winner."
     return f"Logged on run {run_id}: recommendation.md. {offer}".rstrip()

@@ -128,7 +128,7 @@ def register(
     the store.
     """
     _check_names(name, alias)
-    run_id, accepted = _chosen_run(store, reference)
+    run_id, accepted = _chosen_run(store, reference, accept_suspect)
     result = result_of(store, run_id)
     metrics = summarize(result)
     verdict = judge(result, metrics)
@@ -173,10 +173,16 @@ def _check_names(name: str, alias: str) -> None:
         )
 
 
-def _chosen_run(store: Store, reference: str) -> tuple[str, str | None]:
+def has_winner(store: Store, run_id: str) -> bool:
+    """Return True if a run holds a recommendation that has a winner. Raises TrackingError."""
+    data = _logged_recommendation(store, run_id)
+    return isinstance(data, dict) and bool(data.get("winner"))
+
+
+def _chosen_run(store: Store, reference: str, accept_suspect: str | None) -> tuple[str, str | None]:
     """Return the run of a reference, and the reason for which a recommendation accepted suspect results."""
     if reference.endswith(".json"):
-        return _winner(store, _recommendation(reference), reference)
+        return _winner(store, _recommendation(reference), reference, accept_suspect)
     match = RUN_REFERENCE.fullmatch(reference)
     run_id = match[1] if match else parent_of_sweep(store, reference)
     if run_id is None:
@@ -185,19 +191,23 @@ def _chosen_run(store: Store, reference: str) -> tuple[str, str | None]:
         )
     if _holds_result(_run(store, run_id)):
         return run_id, None
-    data = None
-    _without_progress_bars()
-    with plain_errors(store.uri):
-        if RECOMMENDATION in {item.path for item in store.client.list_artifacts(run_id)}:
-            with tempfile.TemporaryDirectory() as scratch:
-                path = store.client.download_artifacts(run_id, RECOMMENDATION, scratch)
-                data = reading.read_own_json(path)
+    data = _logged_recommendation(store, run_id)
     if data is None:
         raise UsageError(
             f"The run {run_id} holds neither a result nor a recommendation. "
             f"Run `{command_text('recommend', run_id)}`, or give the run of a cell."
         )
-    return _winner(store, data, reference)
+    return _winner(store, data, reference, accept_suspect)
+
+
+def _logged_recommendation(store: Store, run_id: str) -> Any:
+    """Return the recommendation that a run holds; None if it holds none."""
+    _without_progress_bars()
+    with plain_errors(store.uri):
+        if RECOMMENDATION not in {item.path for item in store.client.list_artifacts(run_id)}:
+            return None
+        with tempfile.TemporaryDirectory() as scratch:
+            return reading.read_own_json(store.client.download_artifacts(run_id, RECOMMENDATION, scratch))
 
 
 def _recommendation(reference: str) -> Any:
@@ -224,7 +234,7 @@ def _run(store: Store, run_id: str) -> Run:
         raise UsageError(f"The run {run_id} is not in the store {redact(store.uri)}. Check --tracking-uri.") from None
 
 
-def _winner(store: Store, data: Any, reference: str) -> tuple[str, str | None]:
+def _winner(store: Store, data: Any, reference: str, accept_suspect: str | None) -> tuple[str, str | None]:
     winner = data.get("winner") if isinstance(data, dict) else None
     if winner and not (
         isinstance(winner, dict) and {type(winner.get(key)) for key in ("sweep", "config_hash")} == {str}
@@ -234,10 +244,7 @@ def _winner(store: Store, data: Any, reference: str) -> tuple[str, str | None]:
             "Give the file that `llmbench recommend --output FOLDER` wrote."
         )
     if not winner:
-        raise UsageError(
-            f"The recommendation {reference} has no winner: nothing kept the limits. "
-            "Recommend again with others, or give the run of a cell."
-        )
+        raise UsageError(f"The recommendation {reference} has no winner. {_why_none(data, accept_suspect)}")
     run_id = run_of(store, winner["sweep"], winner["config_hash"])
     if run_id is None:
         raise UsageError(
@@ -245,6 +252,22 @@ def _winner(store: Store, data: Any, reference: str) -> tuple[str, str | None]:
             f"Check --tracking-uri, or upload its folder first: `{command_text('upload', 'FOLDER')}`."
         )
     return run_id, data.get("accepted_suspect")
+
+
+def _why_none(data: Any, accept_suspect: str | None) -> str:
+    """Return what refused the results of a recommendation without a winner, and what to do."""
+    given = data.get("refused") if isinstance(data, dict) else None
+    refused = [one for one in given or [] if isinstance(one, dict)]
+    limited = [one for one in refused if one.get("verdict") == "valid"]
+    suspect = [one for one in refused if one.get("verdict") == "suspect"]
+    first = next(iter(limited or suspect or refused), None)
+    why = f"Refused {first.get('name')}: {first.get('why')} " if first else ""
+    if suspect and not limited:
+        sweeps = dict.fromkeys(str(one.get("sweep")) for one in suspect)
+        command = command_text("recommend", *sweeps, accept_suspect=accept_suspect or "REASON")
+        same = ", with the same limits" if data.get("limits") else ""
+        return f"{why}To accept suspect results, recommend again{same}: `{command}`."
+    return f"{why}Recommend again with other limits, or give the run of a cell."
 
 
 def _version_of_run(store: Store, name: str, run_id: str) -> str | None:

@@ -33,7 +33,8 @@ class Recommended:
 
     The sweep is the winner's, else that of the first result. `run_id` is None if the store (`store_uri`) has no run of
     the sweep. `given_uri` is the store's address as the caller gave it. `refusal`: why the winner cannot be registered,
-    None if it can be or there is none.
+    None if it can be or there is none. `kept`: there is no winner, and the run keeps an earlier recommendation that
+    has one.
     """
 
     found: Recommendation
@@ -42,6 +43,7 @@ class Recommended:
     store_uri: str
     given_uri: str | None = None
     refusal: str | None = None
+    kept: bool = False
 
     @property
     def registration(self) -> str:
@@ -93,9 +95,10 @@ def recommend(
     """Choose the best of the results of `references` (see `load_results`) within limits (see `read_limits`).
 
     recommendation.json, .md and the chart are written into the folder `output`, and logged on the parent run of the
-    sweep; the winner's run gets the tag `llmbench.recommended` with the goal. `on_result` gets the recommendation
-    before that. `accept_suspect` and `allow` are as in `analysis.decisions.recommend.recommend`, `own` as in
-    `open_store`. Raises UsageError, TrackingError or JournalError.
+    sweep, unless there is no winner and the run holds a recommendation with one; the winner's run gets the tag
+    `llmbench.recommended` with the goal. `on_result` gets the recommendation before that. `accept_suspect` and `allow`
+    are as in `analysis.decisions.recommend.recommend`, `own` as in `open_store`. Raises UsageError, TrackingError or
+    JournalError.
     """
     results = load_all(references, tracking_uri)
     found = analysis.recommend(
@@ -108,11 +111,12 @@ def recommend(
         artifacts.write_recommendation(found, folder)
         store = open_store(tracking_uri, own=own)
         parent = registry.parent_of_sweep(store, sweep)
-        for run_id in dict.fromkeys(filter(None, (parent, store.given_run_id))):
+        kept = found.winner is None and parent is not None and registry.has_winner(store, parent)
+        for run_id in dict.fromkeys(filter(None, (None if kept else parent, store.given_run_id))):
             registry.log_folder(store, run_id, folder)
         if found.winner:
             registry.mark_recommended(store, sweep, found.winner.result.hashes.config, goal)
-    return Recommended(found, sweep, parent, store.uri, tracking_uri, _refusal(store, found))
+    return Recommended(found, sweep, parent, store.uri, tracking_uri, _refusal(store, found), kept)
 
 
 def _refusal(store: Store, found: Recommendation) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -40,6 +41,7 @@ from ..results import WIGGLE, made, stored
 
 ROOT = Path(__file__).resolve().parents[2]
 BUSY = "a busy test machine"
+SWEEP = "20260101T000000Z-aaaaaa"
 
 
 @pytest.fixture(scope="module")
@@ -331,11 +333,29 @@ def test_the_winner_of_a_recommendation_is_registered(
     assert main(["recommend", parent, "--output", "out"]) == 0
     assert register(store, parent, "bot").run_id == fast
     assert register(store, str(tmp_path / "out" / "recommendation.json"), "other").run_id == fast
-    assert main(["recommend", parent, "--max-memory", "1MB"]) == 1
+    assert main(["recommend", parent, "--max-memory", "1MB", "--output", "none"]) == 1
+    assert f"Not logged: the run {parent} keeps its earlier recommendation" in capsys.readouterr().out
+    assert register(store, parent, "third").run_id == fast
+    assert main(["register", "none/recommendation.json", "--name", "fourth"]) == 2
+    told = capsys.readouterr().err
+    assert "has no winner. Refused int4: " in told and "Recommend again with other limits" in told
+    assert [found.name for found in store.client.search_registered_models()] == ["bot", "other", "third"]
+
+
+def test_suspect_results_that_were_not_recommended_are_told_with_the_command_that_accepts_them(
+    store_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stored(tmp_path / SWEEP, store_uri, made(factors=WIGGLE[:3]), made("int8", factors=WIGGLE[:3]))
+    assert main(["recommend"]) == 1
     capsys.readouterr()
-    assert main(["register", parent, "--name", "third"]) == 2
-    assert "has no winner: nothing kept the limits" in capsys.readouterr().err
-    assert [found.name for found in store.client.search_registered_models()] == ["bot", "other"]
+    assert main(["register", "--name", "bot", "--accept-suspect", "a busy machine"]) == 2
+    told = capsys.readouterr().err
+    assert f"The recommendation {SWEEP} has no winner. Refused " in told
+    assert ": Its verdict is suspect (too_few_samples" in told
+    command = f"llmbench recommend {SWEEP} --accept-suspect 'a busy machine'"
+    assert told.endswith(f"recommend again: `{command}`.\n") and "limits" not in told
+    assert main(shlex.split(command)[1:]) == 0
+    assert main(["register", "--name", "bot"]) == 0
 
 
 def test_invalid_runs_are_refused_and_suspect_ones_need_a_reason(store_uri: str, tmp_path: Path) -> None:
