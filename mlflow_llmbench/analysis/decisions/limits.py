@@ -15,6 +15,9 @@ BYTES = {
     "": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12,
     "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
 }  # fmt: skip
+LEAST_MEMORY = 1e6
+"""Smallest limit of memory in bytes. No model needs less, so a smaller one lacks its unit."""
+
 MILLISECONDS = {"": 1, "us": 1e-3, "µs": 1e-3, "ms": 1, "s": 1e3}
 LATENCIES = {"ttft": (TTFT, "p50"), "tpot": (TPOT, "mean")}
 """Latency that a limit can name → its metric, and the statistic if the limit names none."""
@@ -29,7 +32,13 @@ def read_limits(
     """Parse limits such as `6GB`, `p95=200ms` or `kl=0.05,top1=0.95`, in this order. Raises UsageError."""
     found = []
     if max_memory is not None:
-        found.append(Limit("--max-memory", MEMORY, _quantity("--max-memory", max_memory, BYTES, "6GB") / GB))
+        size = _quantity("--max-memory", max_memory, BYTES, "6GB")
+        if size < LEAST_MEMORY:
+            raise UsageError(
+                f"--max-memory is less than {LEAST_MEMORY / 1e6:g}MB: {max_memory}. Give a size with its unit, such as "
+                "6GB or 500MB."
+            )
+        found.append(Limit("--max-memory", MEMORY, size / GB))
     for name, text in (("ttft", max_ttft), ("tpot", max_tpot)):
         if text is not None:
             measure, amount = _latency(name, text)

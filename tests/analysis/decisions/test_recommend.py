@@ -369,6 +369,10 @@ def test_the_command_logs_the_answer_on_the_sweeps_parent(store_uri: str, capsys
             "--max-memory is not a number with a unit (b,kb,mb,gb,tb,kib,mib,gib,tib): much. Give for example 6GB.",
         ),
         (
+            ["--max-memory", "6"],
+            "--max-memory is less than 1MB: 6. Give a size with its unit, such as 6GB or 500MB.",
+        ),
+        (
             ["--max-ttft", "200min"],
             "--max-ttft is not a number with a unit (us,µs,ms,s): 200min. Give for example 200ms.",
         ),
