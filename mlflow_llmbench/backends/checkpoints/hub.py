@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from ...records.cell import Cell
 from ...records.errors import ModelError, UsageError, first_line
+from ...records.invocation import parameter_text
 from ...records.results import ModelFacts
 from . import gguf_file
 from .files import is_complete, read_facts, refuse_pickle, refuse_requantization, weight_names
@@ -49,7 +50,8 @@ def find_checkpoint(cell: Cell, repository: str, source: str) -> ModelFacts:
     from huggingface_hub import constants, errors
 
     _check_revision(cell)
-    hint = "Check the network, give a local folder, or measure speed and memory without the weights: -P weights=random"
+    without = f"or measure speed and memory without the weights: {parameter_text('weights', 'random')}"
+    hint = f"Check the network, give a local folder, {without}"
     hint += "." if source == "preset" else " (presets only)."
     cached = _cached(repository, cell.revision)
     try:
@@ -68,8 +70,7 @@ def find_checkpoint(cell: Cell, repository: str, source: str) -> ModelFacts:
                 "repository download the .gguf file and give its path."
             )
             raise ModelError(message) from None
-        without = "; or measure speed and memory without the weights: -P weights=random"
-        raise _hub_error(error, repository, repository, hint, without) from None
+        raise _hub_error(error, repository, repository, hint, f"; {without}") from None
     refuse_pickle(cell, source, sizes)
     return read_facts(cell, source, repository, commit, Path(config_file), sum(sizes.values()) or None)
 

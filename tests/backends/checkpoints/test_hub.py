@@ -18,6 +18,10 @@ from urllib.parse import urlparse
 import pytest
 from mlflow import MlflowClient
 
+from mlflow_llmbench.backends.checkpoints.hub import find_checkpoint
+from mlflow_llmbench.records.cell import Cell
+from mlflow_llmbench.records.errors import ModelError
+from mlflow_llmbench.records.invocation import Invocation, called_as
 from tests.gguf_files import write_llama
 from tests.servers import HTTPServer
 
@@ -129,6 +133,16 @@ def llmbench(hub: Hub, folder: Path, store_uri: str, *arguments: str) -> subproc
     fast = ["--prompt-tokens", "8", "--output-tokens", "4", "--repetitions", "5", "--warmup", "1"]
     command = [sys.executable, "-m", "mlflow_llmbench", "run", *arguments, *fast]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("project", "told"), [(None, "the weights: --weights random."), ("/p", "the weights: -P weights=random.")]
+)
+def test_the_advice_without_the_hub_has_the_form_of_the_call(project: str | None, told: str) -> None:
+    cell = Cell(model="nobody/nothing")
+    with called_as(Invocation(project=project)), pytest.raises(ModelError) as error:
+        find_checkpoint(cell, cell.model, "preset")
+    assert told in str(error.value)
 
 
 def test_a_hub_model_is_resolved_downloaded_once_and_measured(hub: Hub, store_uri: str, tmp_path: Path) -> None:
