@@ -161,5 +161,6 @@ def _has_s3_credentials() -> bool:
 
 def without_user(address: str) -> str:
     """Remove user and password from an address; urllib takes them for a part of the host's name."""
-    parts = urllib.parse.urlsplit(address)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    host = urllib.parse.urlsplit(address).netloc
+    # Not by `geturl`, which makes sqlite:////tmp/x of an absolute path sqlite://tmp/x.
+    return address.replace(f"//{host}", f"//{host.rpartition('@')[2]}", 1) if host else address

@@ -17,7 +17,7 @@ import pytest
 from mlflow_llmbench import run
 from mlflow_llmbench.cli.main import main
 from mlflow_llmbench.records.errors import TrackingError
-from mlflow_llmbench.tracking.reach import answers, patience_s, require_artifact_store, set_limits
+from mlflow_llmbench.tracking.reach import answers, patience_s, require_artifact_store, set_limits, without_user
 from tests.servers import serving
 
 DEAD = "http://127.0.0.1:1"
@@ -108,6 +108,11 @@ def test_a_slow_server_answers_and_one_that_is_slower_than_mlflows_limit_does_no
         assert not answers(address)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "soon")
     assert patience_s() == 10.0
+
+
+def test_an_address_without_its_user_keeps_its_slashes() -> None:
+    assert without_user("sqlite:////tmp/mlflow.db") == "sqlite:////tmp/mlflow.db"
+    assert without_user("https://u:p@host:5000/a//b") == "https://host:5000/a//b"
 
 
 def test_limits_that_the_user_has_set_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
