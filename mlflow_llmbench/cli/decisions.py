@@ -142,7 +142,7 @@ def register(
 
     reference = known([reference], tracking_uri, experiment)[0]
     made = versions.register(reference, name, alias, accept_suspect=accept_suspect, tracking_uri=tracking_uri)
-    print(format_registered(made.uri, alias, made.run_id, made.new))
+    print(format_registered(made.uri, alias, made.run_id, made.new, made.served))
     if json:
         data = {"name": made.name, "version": made.version, "alias": alias, "run_id": made.run_id, "new": made.new}
         print_json(data, ensure_ascii=True)

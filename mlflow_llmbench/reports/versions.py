@@ -6,13 +6,16 @@ from ..records.invocation import command_text
 from ..records.redaction import redact
 
 
-def format_registered(uri: str, alias: str, run_id: str, new: bool) -> str:
+def format_registered(uri: str, alias: str, run_id: str, new: bool, served: bool = True) -> str:
     """Return what was registered and how to serve it. `uri` is `models:/NAME/VERSION`, `run_id` its evidence."""
     name = uri.removeprefix("models:/").rpartition("/")[0]
-    return (
-        f"{'Registered' if new else 'Already registered as'} {uri}, alias {alias}. Its evidence is the run {run_id}.\n"
+    serve = (
         f"Serve it: mlflow models serve -m models:/{name}@{alias} --env-manager local"
+        if served
+        else "It can be gated and promoted, but not served: its backend is scripted and has no answers."
     )
+    done = "Registered" if new else "Already registered as"
+    return f"{done} {uri}, alias {alias}. Its evidence is the run {run_id}.\n{serve}"
 
 
 def format_promoted(uri: str, before: str | None) -> str:

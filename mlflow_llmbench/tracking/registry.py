@@ -56,12 +56,16 @@ SERVING_CODE = "serving_model.py"
 
 @dataclass(frozen=True)
 class Registered:
-    """A version of a registered model and its evidence run. `new` is False if the run was already registered."""
+    """A version of a registered model and its evidence run.
+
+    `new` is False if the run was already registered, `served` if its backend is scripted and has no answers.
+    """
 
     name: str
     version: str
     run_id: str
     new: bool = False
+    served: bool = True
 
     @property
     def uri(self) -> str:
@@ -140,7 +144,7 @@ def register(
         store.client.set_registered_model_alias(name, alias, version)
         for run in filter(None, (run_id, store.given_run_id)):
             store.client.set_tag(run, "llmbench.registered", f"models:/{name}/{version}")
-    return Registered(name, version, run_id, new=there is None)
+    return Registered(name, version, run_id, new=there is None, served=bool(deployment.config["engine"]))
 
 
 def check_request(reference: str, name: str, alias: str) -> None:
