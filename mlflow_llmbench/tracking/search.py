@@ -68,10 +68,15 @@ def open_runs(store: Store, sweep: str) -> list[str]:
     return [str(run.info.run_id) for run in store.client.search_runs([store.experiment_id], wanted, max_results=1000)]
 
 
+def measured_runs(store: Store, sweep: str) -> list[Run]:
+    """Return a sweep's runs that hold a result, in the order in which they started."""
+    runs = [r for r in runs_of_sweep(store, sweep) if "llmbench.outcome" in r.data.tags]
+    return sorted(runs, key=lambda r: int(r.info.start_time or 0))
+
+
 def cells_of_sweep(store: Store, sweep: str) -> list[str]:
     """Return the ids of a sweep's runs that hold a result, in the order in which they started."""
-    runs = [r for r in runs_of_sweep(store, sweep) if "llmbench.outcome" in r.data.tags]
-    return [str(r.info.run_id) for r in sorted(runs, key=lambda r: int(r.info.start_time or 0))]
+    return [str(run.info.run_id) for run in measured_runs(store, sweep)]
 
 
 def cells_of_run(store: Store, run_id: str) -> list[str]:

@@ -15,10 +15,10 @@ from ..tracking.store import open_store
 
 @dataclass(frozen=True)
 class Latest:
-    """A sweep in the store: its name, what it measured, the name of its experiment, and when its last cell began."""
+    """A sweep in the store: its name, the models it measured, its experiment's name, and when its last cell began."""
 
     sweep: str
-    model: str
+    models: tuple[str, ...]
     cells: int
     experiment: str
     started_ms: int
@@ -26,7 +26,10 @@ class Latest:
     def __str__(self) -> str:
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.started_ms / 1000))
         cells = plural(self.cells, "cell")
-        return f"{self.sweep}, {cells} of {self.model} in the experiment {self.experiment}, measured at {when}"
+        more = [f"{len(self.models) - 2} more"] if len(self.models) > 2 else []
+        *first, last = [*self.models[:2], *more]
+        models = f"{', '.join(first)} and {last}" if first else last
+        return f"{self.sweep}, {cells} of {models} in the experiment {self.experiment}, measured at {when}"
 
 
 def latest_sweep(tracking_uri: str | None = None, experiment: str | None = None) -> Latest:
@@ -48,5 +51,6 @@ def latest_sweep(tracking_uri: str | None = None, experiment: str | None = None)
         )
         raise UsageError(f"No sweep was measured in the experiment {here} of {redact(store.uri)}. {advice}")
     sweep = str(found.data.tags["llmbench.sweep"])
-    cells = search.cells_of_sweep(store, sweep)
-    return Latest(sweep, found.data.params.get("model", "?"), len(cells), here, int(found.info.start_time or 0))
+    cells = search.measured_runs(store, sweep)
+    models = tuple(dict.fromkeys(run.data.params.get("model", "?") for run in cells))
+    return Latest(sweep, models, len(cells), here, int(found.info.start_time or 0))

@@ -25,6 +25,22 @@ def two_sweeps(store_uri: str, tmp_path: Path) -> list[str]:
     return newer
 
 
+def test_a_sweep_of_several_models_names_them(store_uri: str, tmp_path: Path) -> None:
+    results = [
+        replace(
+            made(step=10 + i),
+            cell=replace(made().cell, model=f"fake:{i}"),
+            hashes=replace(made().hashes, config=f"{i}"),
+            started_ms=1000 + i,
+        )
+        for i in range(5)
+    ]
+    stored(tmp_path / OLD, store_uri, *results[:2])
+    assert f"{OLD}, 2 cells of fake:0 and fake:1 in the" in str(latest_sweep(store_uri))
+    stored(tmp_path / NEW, store_uri, *(replace(one, started_ms=one.started_ms + 1000) for one in results))
+    assert f"{NEW}, 5 cells of fake:0, fake:1 and 3 more in the" in str(latest_sweep(store_uri))
+
+
 @pytest.mark.usefixtures("two_sweeps")
 @pytest.mark.parametrize(
     "arguments", [["recommend"], ["compare"], ["recommend", "latest"], ["scaling"], ["study", "--of", "latest"]]
@@ -51,7 +67,9 @@ def test_the_winner_of_the_newest_sweep_is_registered(
     offer = capsys.readouterr().out.splitlines()[-1]
     assert offer.endswith(f"Register the winner: llmbench register {parent} --name fake-x")
     assert main(["register", "--name", "bot"]) == 0
-    assert f"Its evidence is the run {two_sweeps[0]}." in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"Its evidence is the run {two_sweeps[0]}.\nIt can be gated and promoted, but not served" in told
+    assert "mlflow models serve" not in told
     assert main(offer.partition("winner: llmbench ")[2].split()) == 0
 
 
