@@ -170,6 +170,8 @@ def test_a_command_that_reads_works_as_printed(
     if "http://127.0.0.1:5000" in words:
         words[words.index("http://127.0.0.1:5000")] = store_uri
     if "$M" in words or words[0] == "plan":
+        if "--model" in words:
+            del words[(at := words.index("--model")) : at + 2]
         words += ["--backend", "fake", "--model", "fake:ttft_ms=1"]
     capsys.readouterr()
     code = main(words)
