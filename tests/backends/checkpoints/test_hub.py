@@ -218,7 +218,7 @@ def test_a_hub_that_does_not_answer_is_given_up_before_it_answers(hub: Hub, stor
     hub.silent = True
     done = llmbench(hub, tmp_path, store_uri, "--model", "opt-125m")
     assert "llmbench: The Hub cannot be reached for facebook/opt-125m" in done.stderr
-    assert "-P weights=random" in done.stderr
+    assert "--weights random" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
