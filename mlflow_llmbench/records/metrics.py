@@ -250,6 +250,8 @@ STEADY_REQUEST_RATE = Metric(
 STEADY_TTFT = Metric("window", "steady_ttft_ms", "TTFT of requests begun in the same time",
                      "ms", ("p50", "p99"), "lower")
 STEADY_ITL = Metric("window", "steady_itl_ms", "gaps within the same time", "ms", ("p50", "p99"), "lower")
+GAPS = (ITL, FULL_ITL, STEADY_ITL)
+"""Metrics of the single gaps between tokens."""
 
 GOODPUT = Metric(
     "goodput", "requests_per_s", "requests that met every slo_…_ms, per second",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,10 @@ from ..records.cell import PARAMETERS, differing
 from ..records.errors import MeasurementError, UsageError
 from ..records.metrics import ITL, KEYS, PEAK_MEMORY, TPOT, TTFT
 from ..records.results import RunResult
-from ..records.text import known_words
+from ..records.text import known_words, plural
 from . import html
 from .result import Row, explanations, row_of
-from .sweep import cells_table, headline, ranking
+from .sweep import cells_table, headline, ranking, refused_for
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -27,6 +28,9 @@ BEST = {name: measure.keys for name, measure in GOALS.items()} | {
 }
 """What a cell can be best in → keys of metrics, the first of which that a cell has counts."""
 
+NOT_MEASURED = "not measured"
+"""Reason why a cell with a good verdict is not the best in a metric."""
+
 
 class ResultSet:
     """Rows, one for each cell, and the names of the parameters in which they differ."""
@@ -37,8 +41,9 @@ class ResultSet:
     def best(self, of: str = "throughput") -> Row:
         """Return the row with the best value of a figure: a name in `BEST`, or the key of a metric.
 
-        An invalid result is best at nothing. Raises UsageError for a figure that cannot be best, MeasurementError if no
-        result that can be trusted has it.
+        An invalid result is best at nothing, and a suspect one not in a metric that the reason spoils. Raises
+        UsageError for a figure that cannot be best, MeasurementError, which names the reasons, if no result has one
+        that can be trusted.
         """
         keys = BEST.get(of) or ((of,) if of in KEYS and KEYS[of].better else ())
         if not keys:
@@ -46,9 +51,20 @@ class ResultSet:
         found = next((found for key in keys if (found := ranking(self.rows, key))), None)
         if found is None:
             raise MeasurementError(
-                f"No cell has a figure for {of} that can be trusted: {headline(self.rows, self.varied)}"
+                f"No cell has a figure for {of} that can be trusted: {self._withheld(keys)}. "
+                "The verdict of a row says what to try."
             )
         return found[0]
+
+    def _withheld(self, keys: Sequence[str]) -> str:
+        """Return why no cell can be the best in any of these metrics: each reason with its number of cells."""
+        reasons = Counter(
+            reason
+            for row in self.rows
+            for reason in refused_for(row, next((key for key in keys if key in row.metrics), keys[0])) or [NOT_MEASURED]
+        )
+        told = [f"{reason} ({count} of {plural(len(self.rows), 'cell')})" for reason, count in reasons.most_common()]
+        return ", ".join(told) or "there are no cells"
 
     def to_pandas(self) -> DataFrame:
         """Return a data frame with a line for each cell: parameters, outcome, verdict with its reasons, and metrics.

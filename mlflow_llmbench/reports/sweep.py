@@ -18,7 +18,18 @@ from ..config.cells import LOADED, asked_params, option_params, sweep_name
 from ..config.spec import BenchSpec
 from ..records.cell import PARAMETERS, Cell, as_text, default_text
 from ..records.metric import GB, Claim, interval_keys
-from ..records.metrics import DEVICE_MEMORY, ITL, KEYS, OUTPUT_RATE, PEAK_MEMORY, RELATIVE_HALF_WIDTH, TTFT, by_name
+from ..records.metrics import (
+    DEVICE_MEMORY,
+    GAPS,
+    ITL,
+    KEYS,
+    OUTPUT_RATE,
+    PEAK_MEMORY,
+    RELATIVE_HALF_WIDTH,
+    TPOT,
+    TTFT,
+    by_name,
+)
 from ..records.text import short_number_text
 from .escaping import code_block, markdown
 from .result import Row, columns_of, command, command_line, environment_facts, explanations, table_cells
@@ -139,8 +150,8 @@ def headline(rows: Sequence[Row], varied: Sequence[str]) -> str:
     return "; ".join(parts) + "."
 
 
-NEVER_BEST = ("collapsed_gaps",)
-"""Reasons for which a suspect cell is not called the best: its short gaps would win."""
+SPOILED = {"collapsed_gaps": GAPS, "chunked_stream": (*GAPS, TPOT)}
+"""Reason of a verdict → the metrics in which a suspect cell is not called the best: its short gaps would win."""
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -152,8 +163,7 @@ def leaders(rows: Sequence[Row], key: str) -> list[Row]:
 
     Return none if that is all cells. If the metric has an interval, cells whose interval overlaps that of the best are
     alike. Otherwise cells within the metric's tolerance are, or, except for memory, within the sum of both half-widths
-    of the throughput's intervals, if that is more. Only measured cells whose verdict is not invalid count, and none
-    whose tokens came in bursts.
+    of the throughput's intervals, if that is more. Only the cells of `ranking` count.
     """
     ranked = ranking(rows, key)
     if not ranked or KEYS[key].tolerance is None:
@@ -164,16 +174,25 @@ def leaders(rows: Sequence[Row], key: str) -> list[Row]:
 
 
 def ranking(rows: Sequence[Row], key: str) -> list[Row]:
-    """Return the cells that can be called best, the best value of a metric first."""
-    trusted = [
-        row
-        for row in rows
-        if row.state in ("valid", "suspect")
-        and key in row.metrics
-        and not (row.verdict and any(reason.code in NEVER_BEST for reason in row.verdict.reasons))
-    ]
+    """Return the cells that can be called best, the best value of a metric first.
+
+    They are valid or suspect, but not suspect for a reason that spoils this metric (`SPOILED`).
+    """
+    trusted = [row for row in rows if key in row.metrics and not refused_for(row, key)]
     sign = -1 if KEYS[key].better == "lower" else 1
     return sorted(trusted, key=lambda row: sign * row.metrics[key], reverse=True)
+
+
+def refused_for(row: Row, key: str) -> tuple[str, ...]:
+    """Return the reasons for which a cell is not called the best in a metric; none if it can be.
+
+    They are the outcome if it is not `ok`, all reasons of an invalid verdict, or those of a suspect one that spoil the
+    metric (`SPOILED`).
+    """
+    codes = tuple(reason.code for reason in row.verdict.reasons) if row.verdict else ()
+    if row.state in ("valid", "suspect"):
+        return tuple(code for code in codes if KEYS[key] in SPOILED.get(code, ()))
+    return codes if row.state == "invalid" and codes else (row.state,)
 
 
 def best_figures(rows: Sequence[Row], varied: Sequence[str]) -> tuple[dict[str, float], dict[str, str]]:

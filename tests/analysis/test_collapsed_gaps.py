@@ -100,7 +100,7 @@ def test_an_answer_in_one_piece_is_no_stream_and_nothing_else() -> None:
     assert codes(with_gaps([[0.001] * 8] * 5)) == {"chunked_stream"}
 
 
-def test_such_a_cell_is_neither_the_best_nor_recommended() -> None:
+def test_such_a_cell_is_neither_recommended_nor_the_best_in_its_gaps() -> None:
     """Its median gap of 0.01 ms would win over a true 5 ms."""
     whole = with_gaps([[5.0] * 63] * 5, quant="none")
     bursts = with_gaps([[9.99 if i % 2 else 0.01 for i in range(63)]] * 5, quant="int8")

@@ -15,6 +15,7 @@ from mlflow_llmbench.records.errors import MeasurementError, UsageError
 from mlflow_llmbench.records.metrics import KEYS
 from mlflow_llmbench.records.results import Reason, Verdict
 from mlflow_llmbench.reports.result import Row, row_of
+from mlflow_llmbench.reports.sweep import best_figures
 from mlflow_llmbench.reports.sweep_result import SweepResult
 
 from ..results import made, write_sweep
@@ -99,12 +100,40 @@ def test_the_best_of_what_is_unknown_or_was_not_measured_is_an_error() -> None:
     neither = next(key for key, metric in KEYS.items() if not metric.better)
     with pytest.raises(UsageError, match=f"No cell can be the best in {neither}"):
         THREE.best(neither)
-    with pytest.raises(
-        MeasurementError, match=r"No cell has a figure for itl that can be trusted: 3 of 3 cells measured"
-    ):
+    with pytest.raises(MeasurementError, match=r"for itl that can be trusted: not measured \(2 of 3 cells\), invalid "):
         THREE.best("itl")
-    with pytest.raises(MeasurementError, match="No cell has a figure for throughput that can be trusted"):
-        result(row("bf16", 1, "invalid")).best()
+    failed = Row(Cell(), "oom")
+    with pytest.raises(MeasurementError, match=r"throughput that can be trusted: invalid \(1 of 2 cells\), oom \(1 of"):
+        result(row("bf16", 1, "invalid"), failed).best()
+    with pytest.raises(MeasurementError, match="there are no cells"):
+        result().best()
+
+
+def test_a_reason_withholds_only_the_metrics_that_it_spoils() -> None:
+    """Tokens that came in bursts have wrong gaps, but their throughput and the memory are right."""
+    itl, tpot = "latency/itl_ms_p50", "latency/tpot_ms_p50"
+    figures = {RATE: 20.0, TTFT: 9.0, PEAK: 2.0, itl: 0.1, tpot: 5.0}
+
+    def suspect_for(code: str) -> SweepResult:
+        verdict = Verdict("suspect", (Reason("contended", "Others."), Reason(code, "Bursts.")))
+        return result(*(Row(Cell(quant=quant), "ok", figures, verdict) for quant in ("bf16", "int4")))
+
+    bursts = suspect_for("collapsed_gaps")
+    for of in ("throughput", "memory", "ttft", "tpot"):
+        assert bursts.best(of) == bursts.rows[0]
+    with pytest.raises(MeasurementError) as error:
+        bursts.best("itl")
+    assert str(error.value) == (
+        "No cell has a figure for itl that can be trusted: collapsed_gaps (2 of 2 cells). "
+        "The verdict of a row says what to try."
+    )
+    at_once = suspect_for("chunked_stream")
+    assert at_once.best("throughput") == at_once.rows[0]
+    for of in ("itl", "tpot"):
+        with pytest.raises(MeasurementError, match=r"chunked_stream \(2 of 2 cells\)"):
+            at_once.best(of)
+    names = {"best/output_tokens_per_s", "best/ttft_ms_p50", "best/host_needed_gb_peak"}
+    assert best_figures(bursts.rows, ["quant"])[0].keys() == names
 
 
 def test_a_data_frame_has_parameters_verdicts_and_metrics() -> None:
