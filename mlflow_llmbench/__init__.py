@@ -4,7 +4,7 @@
 
     result = run(model="opt-125m", weights="random", quant="int8,int4", batch_size=[1, 4])
     print(result.table())
-    best = recommend([result.folder.name]).found.winner
+    best = recommend(result).found.winner
 
 Importing the package loads nothing heavy: torch, transformers and mlflow are imported when something runs.
 `mlflow_llmbench.callback.measure` measures a generate function of your own. `load_results`, `summarize`, `judge` and

@@ -22,6 +22,8 @@ def accepted() -> None:
     word: str = compare(loaded[0], loaded.best().linked).effects[0].effect
     uri: str = register(str(result.folder), "bot", accept_suspect="a busy machine").uri
     recommend([result.folder.name], "throughput").to_pandas()
+    recommend("latest"), recommend(result), recommend([result, loaded[0]]), recommend(loaded)
+    compare(result), compare(result, loaded[0]), compare(Path("a"), "latest")
     print(rate, frame, word, uri)
 
 

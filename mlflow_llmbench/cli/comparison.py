@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ..records.invocation import LATEST
 from .options import (
     EXPERIMENT,
     JSON,
-    LATEST,
     NOISE,
     PERMISSIONS,
     SHARE,

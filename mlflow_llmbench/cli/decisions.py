@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..records.errors import UsageError
-from ..records.invocation import command_text
+from ..records.invocation import LATEST, command_text
 from ..records.redaction import redact
 from .options import (
     ACCEPT_SUSPECT,
     EXPERIMENT,
     JSON,
-    LATEST,
     PERMISSIONS,
     TRACKING_URI,
     Option,

@@ -272,8 +272,6 @@ def permissions(trust_remote_code: bool, allow_pickle: bool) -> frozenset[str]:
 
 SINGLE_OPTIONS = parameter_options(PARAMETERS_OF["run"], lists=False)
 RUN_OPTIONS, ONLINE_OPTIONS = (parameter_options(PARAMETERS_OF[name]) for name in ("run", "online"))
-LATEST = "latest"
-"""Word for the newest measured sweep, where a command takes results."""
 
 CONFIG = Option(
     "--config",

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, TextIO
 
+from ..records.invocation import LATEST
 from ..records.redaction import Terminal
-from .options import LATEST
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -62,13 +61,14 @@ def known(references: Sequence[str], tracking_uri: str | None, experiment: str |
 
     Raises UsageError if there is none, and TrackingError.
     """
-    if LATEST not in references or os.path.exists(LATEST):
+    if LATEST not in references:
         return [*references]
-    from ..workflows.latest import latest_sweep
+    from ..tracking.latest import resolve
 
-    found = latest_sweep(tracking_uri, experiment)
-    print(f"The latest sweep: {found}.", file=sys.stderr)
-    return [found.sweep if one == LATEST else one for one in references]
+    resolved = [resolve(one, tracking_uri, experiment) for one in references]
+    for found in dict.fromkeys(found for _, found in resolved if found):
+        print(f"The latest sweep: {found}.", file=sys.stderr)
+    return [text for text, _ in resolved]
 
 
 def print_version_warnings() -> None:

@@ -5,12 +5,15 @@ Type checkers and editors read the typed dictionaries of `parameter_types`, whic
 
 from __future__ import annotations
 
+import functools
 import inspect
+import os
 import textwrap
 from collections.abc import Callable
 from typing import Any, TypeVar, cast, get_type_hints
 
 from ..records.cell import PARAMETERS
+from ..records.errors import UsageError
 from ..records.parameter import PANELS
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -19,7 +22,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 def with_parameters(kind: type[Any], names: tuple[str, ...]) -> Callable[[F], F]:
     """Return a decorator for a function that ends in `**parameters`: its signature gets each of them by name.
 
-    `kind` is the typed dictionary that has their types. Its docstring gets their meanings.
+    `kind` is the typed dictionary that has their types. Its docstring gets their meanings. Raises UsageError, when the
+    function is called, for a value without a name.
     """
 
     def decorate(function: F) -> F:
@@ -34,13 +38,27 @@ def with_parameters(kind: type[Any], names: tuple[str, ...]) -> Callable[[F], F]
             for name in names
         ]
         own = [one.replace(annotation=hints[one.name]) for one in own]
-        changed = cast(Any, function)
+
+        @functools.wraps(function)
+        def by_name(*positional: object, **given: object) -> Any:
+            if positional:
+                raise UsageError(_advice(function.__name__, positional[0], names))
+            return function(**given)
+
+        changed = cast(Any, by_name)
         changed.__signature__ = inspect.Signature([*given, *own], return_annotation=hints["return"])
         changed.__annotations__ = hints
         changed.__doc__ = f"{inspect.getdoc(function)}\n\n{_meanings(names)}"
-        return function
+        return cast(F, by_name)
 
     return decorate
+
+
+def _advice(function: str, value: object, names: tuple[str, ...]) -> str:
+    """Return the message for a value without a name, which is a model or an address in most cases."""
+    name = "url" if "url" in names and "://" in str(value) else "model"
+    text = f'"{value}"' if isinstance(value, str | os.PathLike) else "..."
+    return f"{function} takes parameters by name only: {text}. Write {function}({name}={text})."
 
 
 def shown_default(name: str) -> object:

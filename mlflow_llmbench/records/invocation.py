@@ -20,6 +20,9 @@ from pathlib import Path
 
 PROGRAM, MODULE = "llmbench", "python -m mlflow_llmbench"
 
+LATEST = "latest"
+"""Word for the newest measured sweep, where a command or function takes results."""
+
 
 @dataclass(frozen=True)
 class EntryPoint:

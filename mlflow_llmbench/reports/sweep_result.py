@@ -16,7 +16,7 @@ from .sweep import headline
 
 @dataclass(frozen=True)
 class SweepResult(ResultSet):
-    """Result of a command.
+    """Result of a command. Where a function takes a reference of results, it stands for its folder.
 
     `run_ids` are in the order of the planned cells, "" where a cell has no run. `parent_id` is None for a single cell.
     `page` is the page to open in the MLflow UI.
@@ -44,6 +44,9 @@ class SweepResult(ResultSet):
     def address(self) -> str:
         """Address of its page in the MLflow UI, "" if the store is a database without a server."""
         return f"{self.ui}/{self.page}" if self.ui.startswith(("http://", "https://")) else ""
+
+    def __fspath__(self) -> str:
+        return str(self.folder)
 
     def table(self) -> str:
         """Return the comparison as text."""

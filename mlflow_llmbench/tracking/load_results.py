@@ -12,20 +12,24 @@ from ..measure.journal import read_result
 from ..records.errors import JournalError, NotComparable, TrackingError
 from ..records.results import RunResult
 from ..reports.result_set import Results
+from .latest import resolve
 from .search import RUN_REFERENCE, cells_of_run, cells_of_sweep, download_result, source_of
 from .store import open_store
+
+Given = RunResult | str | os.PathLike[str]
+"""A result, or a reference of results as in `load_results`; what `run` returned is one, of its folder."""
 
 SWEEP_ID = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{6}")
 
 
 def load_results(reference: str | os.PathLike[str], tracking_uri: str | None = None) -> Results:
-    """Load results from a journal folder (of a cell or a sweep), a run id, `runs:/<id>`, or a sweep's name.
+    """Load results from a journal folder (of a cell or a sweep), a run id, `runs:/<id>`, a sweep's name, or `latest`.
 
     The parent run of a sweep gives the results of its cells. The list has `to_pandas()` and `best("throughput")`, and a
     notebook shows it as a table. Raises JournalError or TrackingError, with a one-line message that says what was
-    looked for, and NotComparable for an imported run.
+    looked for, NotComparable for an imported run, and UsageError for what is no reference.
     """
-    reference = os.fspath(reference)
+    reference, _ = resolve(reference, tracking_uri)
     folder = Path(reference)
     if os.path.isdir(folder):
         found = (
@@ -60,6 +64,11 @@ def load_results(reference: str | os.PathLike[str], tracking_uri: str | None = N
         return Results(read_result(download_result(store, run_id, Path(scratch) / run_id)) for run_id in ids)
 
 
-def load_all(references: Iterable[str | os.PathLike[str]], tracking_uri: str | None = None) -> list[RunResult]:
-    """Load the results of several references, in their order. See `load_results`."""
-    return [result for reference in references for result in load_results(reference, tracking_uri)]
+def load_all(given: Given | Iterable[Given], tracking_uri: str | None = None) -> list[RunResult]:
+    """Load the results of a reference, or of several in their order. See `load_results`. A result stands for itself."""
+    several = given if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+    return [
+        result
+        for one in several
+        for result in ([one] if isinstance(one, RunResult) else load_results(one, tracking_uri))
+    ]

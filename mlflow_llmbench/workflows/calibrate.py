@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from ..sweeps import sweep
 from ..sweeps.progress import ProgressListener
 from ..sweeps.sweep import SweepResult
 from ..system import calibrations
-from ..tracking.load_results import load_all, load_results
+from ..tracking.load_results import Given, load_all, load_results
 
 DEFAULT_PROCESSES = 10
 """Processes of a calibration: nine degrees of freedom and a t quantile of 2.3."""
@@ -40,7 +40,7 @@ class Calibrated:
 def calibrate(
     parameters: Mapping[str, object] | None = None,
     *,
-    of: Sequence[str] = (),
+    of: Given | Iterable[Given] = (),
     tracking_uri: str | None = None,
     experiment: str | None = None,
     watcher: ProgressListener | None = None,

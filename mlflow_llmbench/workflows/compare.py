@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 
 from ..analysis import comparison as comparison_analysis
 from ..analysis.comparability import ALLOWABLE
@@ -11,16 +11,16 @@ from ..analysis.comparison import Comparison
 from ..records.calibration import Calibration
 from ..records.errors import UsageError
 from ..records.results import RunResult
-from ..records.text import known_words
+from ..records.text import known_words, plural
 from ..reports import artifacts
 from ..system import calibrations as calibrations_here
-from ..tracking.load_results import load_all, load_results
+from ..tracking.load_results import Given, load_all
 from .destination import NOT_KEPT, Destination
 
 
 def compare(
-    a: RunResult | str | os.PathLike[str],
-    b: RunResult | str | os.PathLike[str],
+    a: Given | Sequence[RunResult],
+    b: Given | Sequence[RunResult] | None = None,
     *,
     noise: float = 0.01,
     allow: Set[str] = frozenset(),
@@ -30,16 +30,20 @@ def compare(
 ) -> Comparison:
     """Compare result `b` with result `a`; ratios are b ÷ a.
 
-    Each is a result, or a reference of one result as in `load_results`. `noise`: ratio below which a significant
-    difference is called noise. `allow`: kinds of differences between the results to accept (hardware, software,
-    workload, scenario, schema, verdict). `paired`: both were measured in turns. `calibrations`: known noise between
-    processes, by default what `llmbench calibrate` kept on this machine; () for none. Raises NotComparable if the
-    results are not alike, are one measurement, or cannot be trusted; UsageError for a wrong argument; or the errors of
-    `load_results`.
+    Each is a result, what `run` or `load_results` returned for one cell, or a reference of one as in `load_results`.
+    Without `b`, `a` has two cells, in the order of `load_results`. `noise`: ratio below which a significant difference
+    is called noise. `allow`: kinds of differences between the results to accept (hardware, software, workload,
+    scenario, schema, verdict). `paired`: both were measured in turns. `calibrations`: known noise between processes, by
+    default what `llmbench calibrate` kept on this machine; () for none. Raises NotComparable if the results are not
+    alike, are one measurement, or cannot be trusted; UsageError for a wrong argument; or the errors of `load_results`.
     """
+    if b is None:
+        first, second = _cells(a, 2, tracking_uri)
+    else:
+        [first], [second] = _cells(a, 1, tracking_uri), _cells(b, 1, tracking_uri)
     return comparison_analysis.compare(
-        _one(a, tracking_uri),
-        _one(b, tracking_uri),
+        first,
+        second,
         noise=noise,
         allow=frozenset(allow),
         paired=paired,
@@ -47,18 +51,21 @@ def compare(
     )
 
 
-def _one(given: RunResult | str | os.PathLike[str], tracking_uri: str | None) -> RunResult:
-    """Return the one result behind an argument of `compare`. Raises UsageError if there are several."""
-    if isinstance(given, RunResult):
-        return given
-    found = load_results(given, tracking_uri)
-    if len(found) != 1:
-        raise UsageError(f"{os.fspath(given)} has {len(found)} cells, and one is compared. Give the run of one cell.")
-    return found[0]
+def _cells(given: Given | Sequence[RunResult], count: int, tracking_uri: str | None) -> list[RunResult]:
+    """Return the results behind an argument of `compare`. Raises UsageError if there are not `count`."""
+    found = load_all(given, tracking_uri)
+    if len(found) != count:
+        name = os.fspath(given) if isinstance(given, str | os.PathLike) else f"A {type(given).__name__}"
+        takes = "one is compared" if count == 1 else "two are compared if one argument is given"
+        raise UsageError(
+            f"{name} has {plural(len(found), 'cell')}, and {takes}. Give two results, such as the run ids of two "
+            "cells, or two items of load_results(...)."
+        )
+    return found
 
 
 def compare_all(
-    references: Sequence[str],
+    references: Given | Iterable[Given],
     *,
     noise: float = 0.01,
     allow: frozenset[str] = frozenset(),

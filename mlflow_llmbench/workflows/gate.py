@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from ..reports.gate import HEADING, gate_cells, gate_json, gate_junit, gate_mark
 from ..reports.tables import split_table
 from ..system import calibrations
 from ..tracking import registry
+from ..tracking.latest import resolve
 from ..tracking.load_results import load_results
 from ..tracking.registry import Registered
 from ..tracking.store import Store, open_store
@@ -49,7 +51,7 @@ class GateRun:
 
 
 def gate(
-    candidate: str,
+    candidate: str | os.PathLike[str],
     against: str,
     limits: Mapping[str, float] | None = None,
     *,
@@ -95,12 +97,13 @@ def gate(
 
 
 def _candidate(
-    reference: str, store: Store, tracking_uri: str | None, baseline: RunResult
+    reference: str | os.PathLike[str], store: Store, tracking_uri: str | None, baseline: RunResult
 ) -> tuple[RunResult, str | None, str]:
     """Return the candidate's result, its run id (None if the store has none), and its name in messages.
 
     For a sweep, take the cell with the champion's configuration. Raises UsageError if there is not exactly one.
     """
+    reference, _ = resolve(reference, tracking_uri)
     if reference.startswith("models:/"):
         version = registry.registered_at(store, reference)
         return registry.result_of(store, version.run_id), version.run_id, version.uri

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 import tempfile
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +19,7 @@ from ..reports.recommendation import answer, recommendation_cells
 from ..reports.tables import Table
 from ..system import calibrations
 from ..tracking import registry
-from ..tracking.load_results import load_all
+from ..tracking.load_results import Given, load_all
 from ..tracking.store import Store, open_store
 
 if TYPE_CHECKING:
@@ -81,7 +80,7 @@ class Recommended:
 
 
 def recommend(
-    references: Sequence[str | os.PathLike[str]],
+    references: Given | Iterable[Given],
     goal: str = "throughput",
     limits: Sequence[Limit] = (),
     *,
@@ -92,13 +91,13 @@ def recommend(
     own: str | None = None,
     on_result: Callable[[Recommendation], None] = lambda found: None,
 ) -> Recommended:
-    """Choose the best of the results of `references` (see `load_results`) within limits (see `read_limits`).
+    """Choose the best of the results of `references` (one or several, see `load_results`) within limits.
 
-    recommendation.json, .md and the chart are written into the folder `output`, and logged on the parent run of the
-    sweep, unless there is no winner and the run holds a recommendation with one; the winner's run gets the tag
-    `llmbench.recommended` with the goal. `on_result` gets the recommendation before that. `accept_suspect` and `allow`
-    are as in `analysis.decisions.recommend.recommend`, `own` as in `open_store`. Raises UsageError, TrackingError or
-    JournalError.
+    `limits` are as in `read_limits`. recommendation.json, .md and the chart are written into the folder `output`, and
+    logged on the parent run of the sweep, unless there is no winner and the run holds a recommendation with one; the
+    winner's run gets the tag `llmbench.recommended` with the goal. `on_result` gets the recommendation before that.
+    `accept_suspect` and `allow` are as in `analysis.decisions.recommend.recommend`, `own` as in `open_store`. Raises
+    UsageError, TrackingError or JournalError.
     """
     results = load_all(references, tracking_uri)
     found = analysis.recommend(

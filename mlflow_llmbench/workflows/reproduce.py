@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -30,6 +31,7 @@ from ..sweeps.progress import ProgressListener
 from ..sweeps.sweep import SweepResult, execute, open_executor
 from ..system import calibrations
 from ..tracking import registry, runs
+from ..tracking.latest import resolve
 from ..tracking.load_results import load_results
 from ..tracking.store import open_store
 
@@ -61,11 +63,12 @@ class Reproduced:
         return (self.sweep.run_ids[0] or None) if self.sweep else None
 
 
-def find_original(reference: str, tracking_uri: str | None = None) -> Original:
+def find_original(reference: str | os.PathLike[str], tracking_uri: str | None = None) -> Original:
     """Load the one result behind a run id, `runs:/ID`, sweep, folder or `models:/NAME@ALIAS`.
 
     Raises UsageError if there are several.
     """
+    reference, _ = resolve(reference, tracking_uri)
     if reference.startswith("models:/"):
         store = open_store(tracking_uri)
         version = registry.registered_at(store, reference)
@@ -154,7 +157,7 @@ def distrusted(name: str, result: RunResult) -> str | None:
 
 
 def reproduce(
-    reference: str,
+    reference: str | os.PathLike[str],
     *,
     margin: float = DEFAULT_MARGIN,
     permissions: frozenset[str] = frozenset(),

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from ..analysis.scaling import study as analysis
 from ..analysis.scaling.study import ScalingStudy
 from ..records.errors import UsageError
 from ..reports import artifacts
 from ..system import calibrations
-from ..tracking.load_results import load_all
+from ..tracking.load_results import Given, load_all
 from .destination import NOT_KEPT, Destination
 
 PREDICTABLE = ("batch_size", "prompt_tokens")
@@ -17,7 +17,7 @@ PREDICTABLE = ("batch_size", "prompt_tokens")
 
 
 def scaling(
-    references: Sequence[str],
+    references: Given | Iterable[Given],
     *,
     share: float = 0.5,
     at: Sequence[tuple[str, float]] = (),
@@ -25,7 +25,7 @@ def scaling(
     tracking_uri: str | None = None,
     on_result: Callable[[ScalingStudy], None] = lambda study: None,
 ) -> ScalingStudy:
-    """Study the results of `references` (see `load_results`) together.
+    """Study the results of `references` (one or several, see `load_results`) together.
 
     `share` is the part of the best throughput per instance that a batch size must keep, `at` are points (setting,
     value) to predict at. `on_result` gets the study before it is written and logged. Raises UsageError, NotFitted, or

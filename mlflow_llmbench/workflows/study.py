@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..analysis.scaling import findings
@@ -20,7 +20,7 @@ from ..sweeps import sweep
 from ..sweeps.progress import ProgressListener
 from ..system import calibrations, machine
 from ..tracking import registry, runs
-from ..tracking.load_results import load_results
+from ..tracking.load_results import Given, load_all, load_results
 from ..tracking.search import require_run
 from ..tracking.store import Store, open_store
 from . import doctor
@@ -34,7 +34,7 @@ PRESET = "quick"
 def run_study(
     parameters: Mapping[str, object] | None = None,
     *,
-    of: Sequence[str] = (),
+    of: Given | Iterable[Given] = (),
     share: float = 0.5,
     prices: Mapping[str, float] | None = None,
     accept_suspect: str | None = None,
@@ -53,7 +53,7 @@ def run_study(
     check_share(share)
     if log:
         require_run(open_store(tracking_uri, experiment), log.removeprefix("runs:/"))
-    others = [result for reference in of for result in load_results(reference, tracking_uri)]
+    others = load_all(of, tracking_uri)
     if parameters is None:
         if not others:
             raise UsageError(

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from ..analysis.decisions import export as analysis
 from ..measure.journal import write_text
 from ..tracking import registry
+from ..tracking.latest import resolve
 from ..tracking.registry import CANDIDATE, Promotion, Registered
 from ..tracking.store import open_store
 
 
 def register(
-    reference: str,
+    reference: str | os.PathLike[str],
     name: str,
     alias: str = CANDIDATE,
     *,
@@ -20,6 +22,7 @@ def register(
     tracking_uri: str | None = None,
 ) -> Registered:
     """Register a measured run, or the winner of a recommendation, as a version of `name`. See `registry.register`."""
+    reference, _ = resolve(reference, tracking_uri)
     registry.check_request(reference, name, alias)
     return registry.register(open_store(tracking_uri), reference, name, alias, accept_suspect)
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 
 import mlflow_llmbench
+from mlflow_llmbench import compare, load_results, run
 from mlflow_llmbench.analysis.decisions.limits import read_limits
 from mlflow_llmbench.records.errors import JournalError, UsageError
 from mlflow_llmbench.workflows.compare import compare_all
@@ -19,6 +21,8 @@ from mlflow_llmbench.workflows.recommend import recommend
 from mlflow_llmbench.workflows.versions import export, promote, register
 
 from ..results import made, stored
+
+SHORT: Any = {"backend": "fake", "prompt_tokens": 4, "output_tokens": 6, "warmup": 1, "repetitions": 5}
 
 
 def test_from_a_sweep_to_a_champion_without_a_printed_line(
@@ -58,6 +62,43 @@ def test_one_run_of_a_sweep_is_tagged_as_recommended(store_uri: str, tmp_path: P
     assert recommended(store_uri) == {lean: "throughput"}
     recommend([tmp_path / "sweep"], limits=read_limits(max_memory="1MB"))
     assert recommended(store_uri) == {lean: "throughput"}, "nothing was recommended"
+
+
+def test_one_reference_needs_no_list(store_uri: str, tmp_path: Path) -> None:
+    stored(tmp_path / "sweep", store_uri, made(), made("int8", step=12))
+    folder = str(tmp_path / "sweep")
+    results = load_results(folder)
+    for given in (folder, tmp_path / "sweep", [folder], results, iter(results)):
+        winner = recommend(given).found.winner
+        assert winner and winner.result.cell.quant == "none"
+    assert len(compare_all(folder)) == len(compare_all([tmp_path / "sweep"])) == 1
+    with pytest.raises(JournalError, match="llmbench-results/nowhere is neither a folder"):
+        recommend("llmbench-results/nowhere")
+    with pytest.raises(
+        UsageError, match=r"^Row is not a reference of results\. Give a folder, .*run\(\.\.\.\) returned\.$"
+    ):
+        recommend(results.best())  # type: ignore[arg-type]
+
+
+def test_what_run_returns_is_compared_and_recommended(store_uri: str) -> None:
+    one, four = (run(model="fake:", batch_size=size, **SHORT) for size in (1, 4))
+    several = run(model="fake:", batch_size=[2, 8], **SHORT)
+    told = compare(one, four, allow={"verdict"})  # a busy machine can make a verdict invalid
+    assert (told.name_a, told.name_b) == ("batch_size=1", "batch_size=4")
+    both = compare(several, allow={"verdict"})
+    assert {both.name_a, both.name_b} == {"batch_size=2", "batch_size=8"}
+    first = load_results(several)[0]
+    assert compare(one, first, allow={"verdict"}).name_b == f"batch_size={first.cell.batch_size}"
+    recommend([one, four], accept_suspect="a busy machine")
+    for wrong in ((one, several), (several, one)):
+        with pytest.raises(UsageError) as error:
+            compare(*wrong)
+        assert str(error.value) == (
+            f"{several.folder} has 2 cells, and one is compared. Give two results, such as the run ids of two cells, "
+            "or two items of load_results(...)."
+        )
+    with pytest.raises(UsageError, match="has 1 cell, and two are compared if one argument is given"):
+        compare(one)
 
 
 def test_a_comparison_is_told_before_its_files_are_written(store_uri: str, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from mlflow_llmbench import LlmbenchError, online, run
 from mlflow_llmbench.config.spec import COMMANDS, parse
 from mlflow_llmbench.measure.events import Event
 from mlflow_llmbench.records.cell import PARAMETERS
+from mlflow_llmbench.records.errors import UsageError
 from mlflow_llmbench.reports.result import Row
 from mlflow_llmbench.sweeps.progress import NullListener
 
@@ -31,6 +32,18 @@ def test_the_signature_has_the_declared_parameters(function: Callable[..., Any],
         f"\n    {name}{' †' if PARAMETERS[name].metadata['sweep'] else ''}: " in told for name in COMMANDS[command]
     )
     assert max(map(len, told.splitlines())) <= 120
+
+
+def test_a_value_without_a_name_is_refused_with_its_name() -> None:
+    unnamed: Any = run
+    with pytest.raises(UsageError) as error:
+        unnamed("opt-125m", quant="int4")
+    assert str(error.value) == 'run takes parameters by name only: "opt-125m". Write run(model="opt-125m").'
+    with pytest.raises(UsageError, match=r"Write run\(model=\.\.\.\)\.$"):
+        unnamed(["opt-125m"])
+    served: Any = online
+    with pytest.raises(UsageError, match=r'Write online\(url="http://h:8000"\)\.$'):
+        served("http://h:8000")
 
 
 def test_the_defaults_in_the_signature_are_those_of_the_declaration() -> None:

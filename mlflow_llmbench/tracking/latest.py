@@ -1,16 +1,17 @@
-"""The newest measured sweep, for commands that are called without the name of one."""
+"""References of results as text, and `latest`: the newest measured sweep."""
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 
 from ..records.errors import UsageError
-from ..records.invocation import command_text
+from ..records.invocation import LATEST, command_text
 from ..records.redaction import redact
 from ..records.text import plural
-from ..tracking import search
-from ..tracking.store import open_store
+from . import search
+from .store import open_store
 
 
 @dataclass(frozen=True)
@@ -54,3 +55,23 @@ def latest_sweep(tracking_uri: str | None = None, experiment: str | None = None)
     cells = search.measured_runs(store, sweep)
     models = tuple(dict.fromkeys(run.data.params.get("model", "?") for run in cells))
     return Latest(sweep, models, len(cells), here, int(found.info.start_time or 0))
+
+
+def resolve(
+    reference: str | os.PathLike[str], tracking_uri: str | None = None, experiment: str | None = None
+) -> tuple[str, Latest | None]:
+    """Return a reference as text, the newest sweep's name for `latest`, and that sweep, None for other references.
+
+    A file or folder that is called `latest` is meant itself. Raises UsageError for what is no reference, and the errors
+    of `latest_sweep`.
+    """
+    if not isinstance(reference, str | os.PathLike):
+        raise UsageError(
+            f"{type(reference).__name__} is not a reference of results. Give a folder, a run id, the name of a sweep, "
+            f"{LATEST}, or what run(...) returned."
+        )
+    text = os.fspath(reference)
+    if text != LATEST or os.path.exists(text):
+        return text, None
+    found = latest_sweep(tracking_uri, experiment)
+    return found.sweep, found

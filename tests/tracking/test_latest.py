@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from mlflow_llmbench import compare, load_results, recommend, register
 from mlflow_llmbench.cli.main import main
 from mlflow_llmbench.sweeps.upload import upload
-from mlflow_llmbench.workflows.latest import latest_sweep
+from mlflow_llmbench.tracking.latest import latest_sweep
 
 from ..results import made, stored, write_sweep
 
@@ -55,6 +56,16 @@ def test_without_a_name_the_newest_sweep_is_taken_and_told(
     )
     assert captured.err.count("The latest sweep") == 1
     assert '"batch_size": 2' not in captured.out
+
+
+def test_python_takes_the_same_word(two_sweeps: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert [one.sweep for one in load_results("latest")] == [NEW, NEW]
+    assert recommend(["latest"]).sweep == recommend("latest").sweep == NEW
+    assert register("latest", "bot").run_id == two_sweeps[0]
+    found = compare("latest")
+    assert {found.name_a, found.name_b} == {"quant=none", "int8"}
+    captured = capsys.readouterr()
+    assert captured.out == "" and "The latest sweep" not in captured.err
 
 
 def test_the_winner_of_the_newest_sweep_is_registered(
