@@ -3,7 +3,7 @@
 It has no thread and no timer: it works in its calls only, which come between timed regions. On a terminal
 (`live_display`) and in a notebook (`notebook_display`), two lines are redrawn, at most four times a second, and for
 repetitions at most once a second. Elsewhere (CI, the log of an MLflow run) each change of stage gets a plain line, and
-repetitions get none.
+a repetition only if there was none for a minute.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ WRITES_PER_S = 4
 
 AGAIN_S = 1.0
 """Least seconds before an event of the same kind draws again, such as that of one more repetition."""
+
+QUIET_S = 60.0
+"""Seconds without a line in a log after which a repetition gets one; also the least time left that is logged."""
 
 SHORT_S = 120
 """Seconds left below which the time of day of the end is not shown."""
@@ -71,6 +74,7 @@ class Progress:
         is_terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
         self.live = notebook or (LiveDisplay(stream) if is_terminal else None)
         self.draws: deque[float] = deque(maxlen=WRITES_PER_S)
+        self.written = clock()  # when the last line of a log was written
         self.start(0)
 
     def start(self, total_cells: int) -> None:
@@ -124,7 +128,7 @@ class Progress:
             case events.RepetitionEnded(number=number, limit=limit, tokens_per_s=rate):
                 self.repetitions[self.number], self.limit = number, limit
                 self.rates += [rate] if rate else []
-                self._now(f"repetition {number}/{limit}", log="measuring" if number == 1 else "", again=number != 1)
+                self._now(f"repetition {number}/{limit}", log=self._repetition_line(number, limit), again=number != 1)
             case events.Waited():
                 self._draw(again=True)
             case events.CellMeasured(node=node):
@@ -140,6 +144,14 @@ class Progress:
                 self.note(f"{f'{self._count()}: {self.name} ' if self.number else ''}failed: {message}")
             case events.JobEnded():
                 self._end()
+
+    def _repetition_line(self, number: int, limit: int) -> str:
+        """Return the line of a log for a repetition, "" if it gets none."""
+        if number > 1 and self.clock() - self.written < QUIET_S:
+            return ""
+        seconds = self.seconds_left()
+        left = self._left(seconds) if seconds is not None and seconds >= QUIET_S else ""
+        return ", ".join(filter(None, ["measuring" if number == 1 else f"repetition {number}/{limit}", left]))
 
     def _show_stage(self, stage: str) -> None:
         if stage in STAGES:
@@ -288,6 +300,7 @@ class Progress:
         """Write and flush."""
         if self.stream is None:
             return
+        self.written = self.clock()
         try:
             self.stream.write(text)
             self.stream.flush()

@@ -188,7 +188,7 @@ def test_a_log_gets_one_line_per_change_and_none_per_repetition() -> None:
         "cell 1/3: loading\n"
         "cell 1/3: loaded in 3.2 s\n"
         "cell 1/3: warming up: the first calls are slower\n"
-        "cell 1/3: measuring\n"
+        "cell 1/3: measuring, up to 4 min left\n"
         "cell 1/3: measured in 20 s, about 40 s left\n"
         "cell 2/3: opt-125m int4 b1\n"
         "cell 2/3: warming up: the first calls are slower\n"
@@ -199,6 +199,24 @@ def test_a_log_gets_one_line_per_change_and_none_per_repetition() -> None:
         "cell 3/3: loading\n"
         "cell 3/3: opt-6.7b int4 b1 failed: Memory ran out.\n"
     )
+
+
+def test_a_long_cell_gets_a_line_a_minute_in_a_log() -> None:
+    clock, stream = Clock(), io.StringIO()
+    progress = Progress(stream, clock)
+    progress.start(1)
+    progress.cell(1, "opt-1.3b int4 b1")
+    progress.event(CellBegun(0))
+    progress.event(warmup(1))
+    for number in range(1, 11):
+        clock.now += 25
+        progress.event(repetition(number, 10))
+    assert stream.getvalue().splitlines()[2:] == [
+        "cell 1/1: measuring, up to 4 min left",
+        "cell 1/1: repetition 4/10, up to 3 min left",
+        "cell 1/1: repetition 7/10, up to 75 s left",
+        "cell 1/1: repetition 10/10",
+    ]
 
 
 def test_a_terminal_has_a_block_that_is_redrawn() -> None:
