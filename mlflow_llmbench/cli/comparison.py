@@ -58,13 +58,12 @@ def compare(
     json: bool, tracking_uri: str | None, experiment: str | None,
 ) -> int:  # fmt: skip
     """Compare and print a table per pair of results."""
-    from ..reports.comparison import comparison_json, format_comparison
+    from ..reports.comparison import comparison_json, format_comparisons
     from ..workflows import compare
     from ..workflows.destination import Destination
 
     def show(comparisons: Sequence[Comparison]) -> None:
-        for comparison in comparisons:
-            print(f"{format_comparison(comparison)}\n")
+        print(f"{format_comparisons(comparisons)}\n")
 
     found = compare.compare_all(
         known(references, tracking_uri, experiment),

@@ -23,7 +23,7 @@ from . import study as study_reports
 from .charts.catalogue import DrawnCharts, Subject, draw_charts
 from .charts.figure_data import figure_data
 from .charts.sweep import SweepPoints
-from .comparison import comparison_json, comparison_markdown
+from .comparison import comparison_json, comparisons_markdown
 from .escaping import markdown, quotation
 from .result import Row, config_parameters, config_yaml, report_markdown, statistics_cells, summary_table, table_cells
 from .scaling import scaling_json, scaling_markdown
@@ -132,7 +132,7 @@ def write_comparisons(comparisons: Sequence[Comparison], folder: Path) -> None:
 
     Raises JournalError.
     """
-    write_text(folder / "comparison.md", "\n".join(map(comparison_markdown, comparisons)))
+    write_text(folder / "comparison.md", comparisons_markdown(comparisons))
     write_json(folder / "comparison.json", list(map(comparison_json, comparisons)))
     _draw("comparisons", comparisons, folder / "charts")
 

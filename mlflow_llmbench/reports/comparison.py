@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from ..analysis.comparison import (
@@ -48,32 +49,57 @@ def comparison_cells(comparison: Comparison) -> tuple[list[str], list[list[str]]
     return heading, body
 
 
-def _method(comparison: Comparison) -> str:
-    """Sentence on how the table was made."""
-    tested = sum(effect.p_holm is not None for effect in comparison.effects)
+def _method(comparison: Comparison, is_last: bool = True) -> str:
+    """Sentences on how the table was made; those that are the same for every table only if it is the last one."""
+    tested = _tested(comparison)
     if not tested:
         return "Nothing was tested: a test needs at least 2 repetitions on each side."
     test = "Paired" if comparison.paired else "Welch's"
+    adjusted = f"p adjusted for {tested} metrics (Holm); noise threshold {percent_text(comparison.noise)}"
+    tests = f"{test} t test on the logarithms of {units_text(comparison)}; {adjusted}."
+    return " ".join([tests, *([_values(comparison)] if is_last else []), *noise_sentences(comparison)])
+
+
+def _tested(comparison: Comparison) -> int:
+    return sum(effect.p_holm is not None for effect in comparison.effects)
+
+
+def _values(comparison: Comparison) -> str:
+    """Sentence on values and ratios."""
     several = max(comparison.processes) > 1
     units = "processes, each the mean of its repetitions" if several else "repetitions"
-    values = f"Values are those of the runs; ratios are those of geometric means over {units}."
-    adjusted = f"p adjusted for {tested} metrics (Holm); noise threshold {percent_text(comparison.noise)}"
-    tests = f"{test} t test on the logarithms of {units_text(comparison)}; {adjusted}. {values}"
-    return " ".join([tests, *noise_sentences(comparison)])
+    return f"Values are those of the runs; ratios are those of geometric means over {units}."
 
 
-def format_comparison(comparison: Comparison) -> str:
+def _are_last(comparisons: Sequence[Comparison]) -> list[bool]:
+    """True for each comparison below which the sentence on its values stands: the last one with that sentence."""
+    last = {_values(one): number for number, one in enumerate(comparisons) if _tested(one)}
+    return [last.get(_values(one)) == number for number, one in enumerate(comparisons)]
+
+
+def format_comparison(comparison: Comparison, is_last: bool = True) -> str:
     """The comparison for a terminal: the sentence, the table, and the method."""
     heading, body = comparison_cells(comparison)
     table = text_table(heading, body, range(1, len(heading) - 1))
-    return "\n".join([plain(sentence(comparison)), "", table, "", _method(comparison)])
+    return "\n".join([plain(sentence(comparison)), "", table, "", _method(comparison, is_last)])
 
 
-def comparison_markdown(comparison: Comparison) -> str:
+def format_comparisons(comparisons: Sequence[Comparison]) -> str:
+    """Comparisons for a terminal, one below the other; what holds for all is said once, at the end."""
+    told = [format_comparison(*one) for one in zip(comparisons, _are_last(comparisons), strict=True)]
+    return "\n\n".join(told)
+
+
+def comparison_markdown(comparison: Comparison, is_last: bool = True) -> str:
     """The comparison as Markdown: the sentence, the table, and the method."""
     heading, body = comparison_cells(comparison)
     table = markdown_table(heading, body, range(1, len(heading) - 1))
-    return "\n\n".join([markdown(sentence(comparison)), table, _method(comparison)]) + "\n"
+    return "\n\n".join([markdown(sentence(comparison)), table, _method(comparison, is_last)]) + "\n"
+
+
+def comparisons_markdown(comparisons: Sequence[Comparison]) -> str:
+    """Comparisons as Markdown, like `format_comparisons`."""
+    return "\n".join(comparison_markdown(*one) for one in zip(comparisons, _are_last(comparisons), strict=True))
 
 
 def comparison_json(comparison: Comparison) -> dict[str, Any]:

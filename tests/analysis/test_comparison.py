@@ -30,7 +30,13 @@ from mlflow_llmbench.records.results import (
     RequestRecord,
     RunResult,
 )
-from mlflow_llmbench.reports.comparison import comparison_json, comparison_markdown, format_comparison
+from mlflow_llmbench.reports.comparison import (
+    comparison_json,
+    comparison_markdown,
+    comparisons_markdown,
+    format_comparison,
+    format_comparisons,
+)
 from mlflow_llmbench.stats import t_interval
 
 from ..results import known_noise
@@ -200,6 +206,15 @@ Values are those of the runs; ratios are those of geometric means over repetitio
 measured; added to their error is the noise between processes, that of 10 processes of model none, as calibrated on \
 1970-01-01: a standard deviation of 0 % in output throughput (1e+06 degrees of freedom)."""
     )
+
+
+def test_several_comparisons_say_once_what_their_ratios_are() -> None:
+    several = [compare(BF16, INT4), compare(INT4, BF16), compare(result([1.0]), result([0.5], "int4"))]
+    once = "Values are those of the runs; ratios are those of geometric means over repetitions."
+    for told in (format_comparisons(several), comparisons_markdown(several)):
+        assert told.count(once) == 1 and told.count("Welch's t test") == 2
+        assert told.index(once) > told.rindex("Welch's t test")
+    assert format_comparisons(several[:1]) == format_comparison(several[0])
 
 
 def test_markdown() -> None:
