@@ -32,7 +32,7 @@ def clean_environment(
     """
     if len(gc.get_objects(generation=2)) > 200_000:  # of loaded modules, which make each collection take 0.3 s
         gc.collect()
-        gc.freeze()  # until the next measurement in this process, which ends by gc.unfreeze
+        gc.freeze()
     before = set(os.environ)
     # The pip of this environment comes first, as in one that is activated: messages then name `pip` alone.
     monkeypatch.setenv("PATH", os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")]))

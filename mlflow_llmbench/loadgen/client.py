@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
 from ..records.errors import first_line
+from ..system.garbage import frozen_heap
 from .http1 import Connection, Exchange, Limits
 
 BEAT_S = 0.02
@@ -286,8 +287,11 @@ class _Run:
         await client.warm(
             load.concurrency if load.arrivals_ns is None else min(len(load.arrivals_ns), max(load.concurrency, 8))
         )
-        gc.collect()
-        gc.freeze()
+        with frozen_heap():
+            return await self._send(ready)
+
+    async def _send(self, ready: Callable[[], int] | None) -> Trace:
+        load, client = self.load, self.client
         gc.disable()
         told = await self._ask_server()
         agreed = ready() if ready else 0
@@ -305,7 +309,6 @@ class _Run:
             if watch:
                 watch.cancel()
             gc.enable()
-            gc.unfreeze()
         exchanges = sorted(self.exchanges, key=lambda exchange: exchange.number)
         if told and not await self._ask_server():
             self.scrapes.clear()  # without the last reading they do not cover the whole load

@@ -21,6 +21,7 @@ from ..records.errors import MeasurementError
 from ..records.results import CellMeasurements, Repetition, RequestRecord, TextTimes
 from ..stats import is_steady
 from ..system import machine
+from ..system.garbage import frozen_heap
 from ..workloads.prompts import PromptSet
 from .events import FirstToken, RepetitionEnded, ReportProgress, WarmupEnded
 from .stopping import enough
@@ -146,13 +147,11 @@ def measure_cell(
         return turns_of(backend, cell, prompts, vocab_size, number)
 
     first_call_ms, warmup_s, steady = _warm_up(backend, cell, turns, report)
-    gc.collect()
-    gc.freeze()
     repetitions: list[Repetition] = []
     outputs: list[tuple[list[int], list[int]]] = []
     zeros: list[int] = []
     limit = cell.repetitions or cell.max_repetitions
-    try:
+    with frozen_heap():
         while len(repetitions) < limit and not enough(cell, repetitions):
             index = len(repetitions)
             sent = turns(index)
@@ -164,8 +163,6 @@ def measure_cell(
             if prompts.texts and index * (1 if cell.prompt_tokens is None else cell.batch_size) < len(prompts.texts):
                 outputs.append((timed.prompt, timed.output))
             report(RepetitionEnded(index + 1, limit, repetitions[-1]))
-    finally:
-        gc.unfreeze()
     return CellMeasurements(
         first_call_ms, tuple(warmup_s), steady, tuple(repetitions), tuple(outputs), zeros=tuple(zeros)
     )

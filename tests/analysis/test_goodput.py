@@ -167,7 +167,7 @@ def test_a_search_that_one_user_alone_ends(store_uri: str, capsys: pytest.Captur
     )
     client = MlflowClient(store_uri)
     runs = client.search_runs([client.get_experiment_by_name("llmbench").experiment_id])
-    assert [one.data.params["request_rate"] for one in runs] == ["none", "none"]
+    assert len(runs) == 2 and not any("request_rate" in one.data.params for one in runs)
     assert not any("goodput/limit_requests_per_s" in one.data.metrics for one in runs)
 
 

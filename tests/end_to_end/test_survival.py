@@ -608,7 +608,7 @@ def test_a_configuration_against_itself(store_uri: str) -> None:
 
     done = run_ab({}, {}, CELL | {"model": "fake:ttft_ms=5+itl_ms=3"}, pairs=3)
     assert done.comparison.processes == (3, 3)
-    assert sorted(name for name, _ in states(store_uri).items()) == ["A", "A against B", "B"]
+    assert sorted(str(run.info.run_name) for run in runs(store_uri).values()) == ["A", "A against B", "B"]
 
 
 @pytest.mark.parametrize(
