@@ -38,7 +38,7 @@ def latest_sweep(tracking_uri: str | None = None, experiment: str | None = None)
 
     Raises UsageError if it has none, and names the newest of the other experiments; TrackingError for the store.
     """
-    store = open_store(tracking_uri, experiment)
+    store = open_store(tracking_uri, experiment, reads=True)
     found = search.latest_sweep(store, [store.experiment_id])
     names = {str(one.experiment_id): str(one.name) for one in store.client.search_experiments()}
     here = names.get(store.experiment_id, store.experiment_id)

@@ -49,7 +49,7 @@ def load_results(reference: str | os.PathLike[str], tracking_uri: str | None = N
             f"{reference} is neither a folder, nor a run id, nor the name of a sweep. "
             "Give one of them; `llmbench run --json` prints all three."
         )
-    store = open_store(tracking_uri)
+    store = open_store(tracking_uri, reads=True)
     ids = cells_of_run(store, run[1]) if run else cells_of_sweep(store, reference)
     if not ids and run and (source := source_of(store, run[1])):
         raise NotComparable(

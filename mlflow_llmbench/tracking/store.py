@@ -50,11 +50,14 @@ def address_of(uri: str | None = None) -> str:
     return uri or str(mlflow.get_tracking_uri())
 
 
-def open_store(uri: str | None = None, experiment: str | None = None, own: str | None = None) -> Store:
+def open_store(
+    uri: str | None = None, experiment: str | None = None, own: str | None = None, *, reads: bool = False
+) -> Store:
     """Connect to the store, so that an unreachable one is found before anything expensive starts.
 
     If MLFLOW_RUN_ID names a run, as under `mlflow run`, its experiment is used, and the run must hold no result, unless
-    it is the run `own`, which the same command has filled. Raises TrackingError with a one-line message, StoreAway for
+    it is the run `own`, which the same command has filled. A command that `reads` makes no SQLite database: there is
+    nothing to read in a new one. Raises TrackingError with a one-line message, StoreAway for
     a server that does not answer, UsageError for an experiment name with control characters.
     """
     if experiment and CONTROLS.search(experiment):
@@ -64,6 +67,8 @@ def open_store(uri: str | None = None, experiment: str | None = None, own: str |
 
     # This logger prints a traceback for each error that we report in one line.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    if reads:
+        _require_database(address_of(uri))
     with plain_errors(uri):
         if uri:
             mlflow.set_tracking_uri(uri)
@@ -79,6 +84,13 @@ def open_store(uri: str | None = None, experiment: str | None = None, own: str |
         require_artifact_store(run.info.artifact_uri if run else found.artifact_location)
         _open_on_runs(client, found)
         return Store(client, address, str(found.experiment_id), given)
+
+
+def _require_database(address: str) -> None:
+    """Raise TrackingError for the address of a SQLite database that does not exist."""
+    path = address.partition("?")[0].removeprefix("sqlite:///")
+    if address.startswith("sqlite:///") and path not in ("", ":memory:") and not os.path.exists(path):
+        raise TrackingError(f"There is no MLflow store at {address}. Check --tracking-uri.")
 
 
 def _given_run(client: MlflowClient, run_id: str, own: str | None) -> Run:

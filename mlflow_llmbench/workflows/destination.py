@@ -28,7 +28,7 @@ class Destination:
         if self.run:  # from a temporary folder: the other may hold the user's own files
             with tempfile.TemporaryDirectory() as scratch:
                 write(Path(scratch))
-                store = open_store(tracking_uri)
+                store = open_store(tracking_uri, reads=True)
                 runs.log_folder(store, self.run.removeprefix("runs:/"), Path(scratch), under)
 
 

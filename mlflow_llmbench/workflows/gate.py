@@ -67,7 +67,7 @@ def gate(
     allowed regressions by metric (ratios), `default_limit` is that of all others. With `again`, both configurations are
     measured again first. `on_result` gets the result before it is logged. Raises LlmbenchError if there is no verdict.
     """
-    store = open_store(tracking_uri)
+    store = open_store(tracking_uri, reads=True)
     champion = registry.registered_at(store, against)
     baseline = registry.result_of(store, champion.run_id)
     result, run_id, name = _candidate(candidate, store, tracking_uri, baseline)

@@ -108,7 +108,7 @@ def recommend(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(output or scratch)
         artifacts.write_recommendation(found, folder)
-        store = open_store(tracking_uri, own=own)
+        store = open_store(tracking_uri, own=own, reads=tracking_uri is not None)
         parent = registry.parent_of_sweep(store, sweep)
         kept = found.winner is None and parent is not None and registry.has_winner(store, parent)
         for run_id in dict.fromkeys(filter(None, (None if kept else parent, store.given_run_id))):

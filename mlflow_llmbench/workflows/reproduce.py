@@ -70,7 +70,7 @@ def find_original(reference: str | os.PathLike[str], tracking_uri: str | None = 
     """
     reference, _ = resolve(reference, tracking_uri)
     if reference.startswith("models:/"):
-        store = open_store(tracking_uri)
+        store = open_store(tracking_uri, reads=True)
         version = registry.registered_at(store, reference)
         return Original(registry.result_of(store, version.run_id), version.run_id, version.uri)
     results = load_results(reference, tracking_uri)

@@ -61,7 +61,7 @@ def run_study(
                 "or --of SWEEP."
             )
         found = _find(others, share, prices, accept_suspect)
-        store = open_store(tracking_uri, experiment)
+        store = open_store(tracking_uri, experiment, reads=tracking_uri is not None)
         run_id = log.removeprefix("runs:/") if log else _parent(store, others)
         return StudyResult(None, found, *_keep(found, output, store, run_id))
     asked = {"preset": PRESET, **parameters}

@@ -24,12 +24,12 @@ def register(
     """Register a measured run, or the winner of a recommendation, as a version of `name`. See `registry.register`."""
     reference, _ = resolve(reference, tracking_uri)
     registry.check_request(reference, name, alias)
-    return registry.register(open_store(tracking_uri), reference, name, alias, accept_suspect)
+    return registry.register(open_store(tracking_uri, reads=True), reference, name, alias, accept_suspect)
 
 
 def promote(version: str, *, tracking_uri: str | None = None) -> Promotion:
     """Make a version that has passed its gate the champion of its name. See `registry.promote`."""
-    return registry.promote(open_store(tracking_uri), version)
+    return registry.promote(open_store(tracking_uri, reads=True), version)
 
 
 def export(version: str, target: str, *, output: str | None = None, tracking_uri: str | None = None) -> tuple[str, str]:
@@ -37,7 +37,7 @@ def export(version: str, target: str, *, output: str | None = None, tracking_uri
 
     The text is also written to the file `output`. Raises UsageError, TrackingError or JournalError.
     """
-    store = open_store(tracking_uri)
+    store = open_store(tracking_uri, reads=True)
     found = registry.registered_at(store, version)
     text = analysis.export(*registry.stored_config(store, found), uri=found.uri, target=target)
     if output:

@@ -15,6 +15,8 @@ from mlflow_llmbench.records.errors import StoreAway, TrackingError
 from mlflow_llmbench.tracking.reach import AWAY, is_told, told_at_once
 from mlflow_llmbench.tracking.store import open_store
 
+from ..results import made, write_sweep
+
 DEAD = "http://127.0.0.1:1"
 FAST = (
     "run --backend fake --model fake:ttft_ms=1 --repetitions 1 --warmup 1 --prompt-tokens 2 --output-tokens 2".split()
@@ -101,6 +103,32 @@ def test_no_line_is_printed_twice(
     lines = [line for line in (out + err).splitlines() if "answer" in line or "ploaded" in line]
     assert len(lines) == len(set(lines))
     assert len([line for line in lines if "Measuring all the same" in line]) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "recommend latest",
+        "compare latest",
+        "scaling latest",
+        "study --of latest",
+        "register --name bot",
+        "recommend 20260101T000000Z-aaaaaa",
+        "recommend FOLDER",
+        "gate FOLDER --against models:/bot@champion",
+        "promote models:/bot@candidate",
+        "export models:/bot@champion --for vllm",
+    ],
+)
+def test_a_command_that_reads_makes_no_database(
+    arguments: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_sweep(tmp_path / "sweep", [made()])
+    uri = f"sqlite:///{tmp_path}/none.db"
+    words = [str(folder) if word == "FOLDER" else word for word in arguments.split()]
+    assert main([*words, "--tracking-uri", uri]) in (1, 4)
+    assert capsys.readouterr().err == f"llmbench: There is no MLflow store at {uri}. Check --tracking-uri.\n"
+    assert not (tmp_path / "none.db").exists()
 
 
 def test_what_was_told_is_known_within_the_command_only() -> None:
