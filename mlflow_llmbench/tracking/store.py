@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..records.errors import StoreAway, TrackingError, UsageError, first_line
+from ..records.invocation import command_text
 from ..records.redaction import CONTROLS, redact
 from .client import guarded_client
 from .explanations import plain_errors
@@ -90,7 +91,10 @@ def _require_database(address: str) -> None:
     """Raise TrackingError for the address of a SQLite database that does not exist."""
     path = address.partition("?")[0].removeprefix("sqlite:///")
     if address.startswith("sqlite:///") and path not in ("", ":memory:") and not os.path.exists(path):
-        raise TrackingError(f"There is no MLflow store at {address}. Check --tracking-uri.")
+        raise TrackingError(
+            f"There is no MLflow store at {address}. Check --tracking-uri, or measure first: "
+            f"`{command_text('quickstart')}`."
+        )
 
 
 def _given_run(client: MlflowClient, run_id: str, own: str | None) -> Run:

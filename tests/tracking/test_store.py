@@ -127,7 +127,8 @@ def test_a_command_that_reads_makes_no_database(
     uri = f"sqlite:///{tmp_path}/none.db"
     words = [str(folder) if word == "FOLDER" else word for word in arguments.split()]
     assert main([*words, "--tracking-uri", uri]) in (1, 4)
-    assert capsys.readouterr().err == f"llmbench: There is no MLflow store at {uri}. Check --tracking-uri.\n"
+    told = f"There is no MLflow store at {uri}. Check --tracking-uri, or measure first: `llmbench quickstart`."
+    assert capsys.readouterr().err == f"llmbench: {told}\n"
     assert not (tmp_path / "none.db").exists()
 
 
