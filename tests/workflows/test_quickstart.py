@@ -107,6 +107,15 @@ def test_of_equal_speeds_and_memory_none_is_deployed() -> None:
     assert told.startswith("No decision between ") and "they need the same memory" in told
 
 
+def test_the_only_valid_one_is_not_deployed_beside_a_suspect_one_that_looks_better() -> None:
+    faster = made("bf16", step=5.0, steady=False)
+    told = decision(found(made("int4", step=10.0), faster))
+    assert told.startswith("No decision: only int4 is valid. bf16 is suspect (not_steady).")
+    assert "bf16 looks better and is suspect" in told
+    slower = made("bf16", step=20.0, steady=False)
+    assert decision(found(made("int4", step=10.0), slower)).startswith("Deploy int4")
+
+
 def test_suspect_results_decide_nothing() -> None:
     noisy = (1.0, 1.6, 0.7, 1.4, 0.8)
     told = decision(found(made("int4", step=5.0, factors=noisy), made("bf16", factors=noisy)))
