@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 from .. import PACKAGE_DIR
 from ..analysis.decisions.deployment import Deployment, Evidence, deployment_of, version_tags
-from ..analysis.decisions.gate import PASS
 from ..analysis.summary import summarize
 from ..analysis.verdict import judge
 from ..measure.journal import read_result
@@ -193,7 +192,7 @@ def _chosen_run(store: Store, reference: str, accept_suspect: str | None) -> tup
         raise UsageError(
             f"{reference} is neither a run id, nor a sweep of this store, nor a recommendation.json. Give one of them."
         )
-    if _holds_result(_run(store, run_id)):
+    if _holds_result(run_at(store, run_id)):
         return run_id, None
     data = _logged_recommendation(store, run_id)
     if data is None:
@@ -229,7 +228,8 @@ def _without_progress_bars() -> None:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 
-def _run(store: Store, run_id: str) -> Run:
+def run_at(store: Store, run_id: str) -> Run:
+    """Return a run of the store. Raises UsageError if it has none of this id."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -463,83 +463,3 @@ def stored_config(store: Store, version: Registered) -> tuple[dict[str, Any], tu
                 f"Register the run {version.run_id} again, and find out who changed it."
             )
     return config, tuple(requirements)
-
-
-def log_gate(
-    store: Store,
-    run_id: str,
-    champion: Registered,
-    verdict: str,
-    why: str,
-    accepted_suspect: str | None,
-    folder: Path,
-    measured: str | None = None,
-) -> None:
-    """Store a gate's verdict with the candidate's run: as tags, and its files under `gate/`. Raises TrackingError.
-
-    `measured`: the run in which both sides were measured again for the gate, None if their own runs were used.
-    """
-    tags = {
-        "gate": verdict,
-        "gate_against": champion.uri,
-        "gate_why": why,
-        "gate_accepted_suspect": accepted_suspect or "",
-        "gate_measured": measured or "",
-    }
-    set_tags(store, run_id, tags)
-    with plain_errors(store.uri):
-        store.client.log_artifacts(run_id, str(folder), "gate")
-
-
-@dataclass(frozen=True)
-class Promotion:
-    """Result of a promotion: the new champion, and the version of the former one (None for the first)."""
-
-    champion: Registered
-    before: str | None
-
-
-def promote(store: Store, reference: str) -> Promotion:
-    """Make a version the champion, and the former champion `previous`.
-
-    The version must have passed its last gate, against the present champion. No gate is needed for the first champion
-    of a name, which has nothing to compare with, nor for going back to `previous`, which was champion before. Raises
-    UsageError, TrackingError.
-    """
-    new = registered_at(store, reference)
-    stored_config(store, new)
-    aliases: dict[str, str] = {
-        alias: str(version) for alias, version in store.client.get_registered_model(new.name).aliases.items()
-    }
-    before = aliases.get(CHAMPION)
-    if before == new.version:
-        raise UsageError(f"{new.uri} is the champion already. Nothing was moved.")
-    if before is not None and aliases.get(PREVIOUS) != new.version:
-        _require_gate(store, new, before)
-    with plain_errors(store.uri):
-        if before is not None:
-            store.client.set_registered_model_alias(new.name, PREVIOUS, before)
-        store.client.set_registered_model_alias(new.name, CHAMPION, new.version)
-    return Promotion(new, before)
-
-
-def _require_gate(store: Store, new: Registered, champion: str) -> None:
-    tags = _run(store, new.run_id).data.tags
-    verdict, against, present = (
-        tags.get("llmbench.gate"),
-        tags.get("llmbench.gate_against"),
-        f"models:/{new.name}/{champion}",
-    )
-    if verdict == PASS and against == present:
-        return
-    why = (
-        "has not been gated"
-        if verdict is None
-        else f"was gated against {against}"
-        if against != present
-        else f"did not pass its gate ({verdict})"
-    )
-    raise UsageError(
-        f"{new.uri} {why}, and the champion is {present}. Nothing was moved. "
-        f"Run: {command_text('gate', new.uri, against=present)}"
-    )

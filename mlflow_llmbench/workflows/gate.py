@@ -18,7 +18,7 @@ from ..records.results import RunResult
 from ..reports.gate import HEADING, gate_cells, gate_json, gate_junit, gate_markdown
 from ..reports.tables import split_table
 from ..system import calibrations
-from ..tracking import registry
+from ..tracking import promotion, registry
 from ..tracking.latest import resolve
 from ..tracking.load_results import load_results
 from ..tracking.registry import Registered
@@ -127,6 +127,6 @@ def _log(store: Store, run: GateRun, run_id: str, accept_suspect: str | None) ->
         write_json(folder / "gate.json", gate_json(run.found))
         write_json(folder / "table.json", split_table(HEADING, gate_cells(run.found.checks)))
         for kept_in in filter(None, (run_id, store.given_run_id)):
-            registry.log_gate(
+            promotion.log_gate(
                 store, kept_in, run.champion, run.found.verdict, run.found.why, accept_suspect, folder, run.measured
             )

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from ..analysis.decisions import export as analysis
 from ..measure.journal import write_text
-from ..tracking import registry
+from ..tracking import promotion, registry
 from ..tracking.latest import resolve
-from ..tracking.registry import CANDIDATE, Promotion, Registered
+from ..tracking.promotion import Promotion
+from ..tracking.registry import CANDIDATE, Registered
 from ..tracking.store import open_store
 
 
@@ -28,8 +29,8 @@ def register(
 
 
 def promote(version: str, *, tracking_uri: str | None = None) -> Promotion:
-    """Make a version that has passed its gate the champion of its name. See `registry.promote`."""
-    return registry.promote(open_store(tracking_uri, reads=True), version)
+    """Make a version that has passed its gate the champion of its name. See `promotion.promote`."""
+    return promotion.promote(open_store(tracking_uri, reads=True), version)
 
 
 def export(version: str, target: str, *, output: str | None = None, tracking_uri: str | None = None) -> tuple[str, str]:

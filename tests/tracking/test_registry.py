@@ -33,7 +33,8 @@ from mlflow_llmbench.records.errors import UsageError
 from mlflow_llmbench.records.results import LoadInfo, ModelFacts, RunResult, Verdict
 from mlflow_llmbench.sweeps.upload import upload
 from mlflow_llmbench.tracking import registry
-from mlflow_llmbench.tracking.registry import digest_of, promote, register, result_of, save
+from mlflow_llmbench.tracking.promotion import promote
+from mlflow_llmbench.tracking.registry import digest_of, register, result_of, save
 from mlflow_llmbench.tracking.search import cells_of_sweep
 from mlflow_llmbench.tracking.store import open_store
 

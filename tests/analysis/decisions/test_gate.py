@@ -24,7 +24,8 @@ from mlflow_llmbench.records.errors import UsageError
 from mlflow_llmbench.records.results import Hashes, MemoryStages, Quality, RunResult, TextScores
 from mlflow_llmbench.reports.gate import gate_cells, gate_junit, gate_markdown
 from mlflow_llmbench.system import calibrations
-from mlflow_llmbench.tracking.registry import promote, register, result_of
+from mlflow_llmbench.tracking.promotion import promote
+from mlflow_llmbench.tracking.registry import register, result_of
 from mlflow_llmbench.tracking.store import open_store
 
 from ...results import GB, WIGGLE, known_noise, made, stored, write_sweep
