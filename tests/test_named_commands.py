@@ -188,6 +188,7 @@ STANDS_FOR = {"DIR", "MODEL", "NAME", "X"}
 def test_the_parameters_of_a_command_that_measures_are_accepted(one: Named, tmp_path: Path) -> None:
     words = [word.replace("$M", "opt-125m") for word in one.words[1:]]
     call = parse(words)
+    assert call.command.name == words[0]
     given = {
         name: value
         for name, value in call.values.items()

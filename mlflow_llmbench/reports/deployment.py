@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ..analysis.decisions.candidates import MEMORY, Candidate, figure
 from ..analysis.decisions.recommend import GOALS, QUALITY_MEASURES
 from ..analysis.scaling.cells import MEDIAN_TTFT
-from ..analysis.scaling.deployment import Deployment, models_elsewhere
+from ..analysis.scaling.deployment import DeploymentAnswer, models_elsewhere
 from ..analysis.scaling.findings import Findings
 from ..analysis.scaling.study import MEAN_TPOT
 from ..records.metrics import OUTPUT_RATE
@@ -40,13 +40,13 @@ def deployment_notes(found: Findings) -> tuple[tuple[str, tuple[str, ...]], ...]
     """Return what stands below the table: ties, what was left out, and intervals that cross a limit."""
     cautions = {c: None for one in found.deployments for c in one.found.cautions}
     return (
-        ("Not measurably slower than the choice", tuple(_ties(one) for one in found.deployments if _ties(one))),
+        ("Not measurably slower than the choice", tuple(filter(None, map(_ties, found.deployments)))),
         ("Looked better and was left out", left_out(found.deployments)),
         ("Intervals that cross a limit", tuple(cautions)),
     )
 
 
-def deployments_table(rows: Sequence[Deployment]) -> Table:
+def deployments_table(rows: Sequence[DeploymentAnswer]) -> Table:
     """Return the table of the answers across models, with their quality if it was measured."""
     body = []
     for one in rows:
@@ -64,7 +64,7 @@ def marked(one: Candidate) -> str:
     return f"{one.name} (suspect)" if one.verdict.word == "suspect" else one.name
 
 
-def _goal_text(one: Candidate, of: Deployment) -> str:
+def _goal_text(one: Candidate, of: DeploymentAnswer) -> str:
     target = GOALS[of.found.goal]
     return figure(target.keys[-1], one.value(target) or 0.0)
 
@@ -76,14 +76,14 @@ def _quality(one: Candidate) -> str:
     return ", ".join(shown) or "–"
 
 
-def _ties(one: Deployment) -> str:
+def _ties(one: DeploymentAnswer) -> str:
     names = [runner.candidate.name for runner in one.found.runners_up if runner.tied]
     return f"{one.constraint}: {', '.join(names)}." if names else ""
 
 
-def left_out(rows: Sequence[Deployment]) -> tuple[str, ...]:
+def left_out(rows: Sequence[DeploymentAnswer]) -> tuple[str, ...]:
     """Say which configurations would have been chosen under which constraints, why not, and what settles it."""
-    found: dict[int, list[Deployment]] = {}
+    found: dict[int, list[DeploymentAnswer]] = {}
     for row in rows:
         if row.better:
             found.setdefault(id(row.better.candidate), []).append(row)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..analysis.decisions.candidates import MEMORY, Candidate, figure
-from ..analysis.decisions.dominance import gain
 from ..analysis.decisions.recommend import GOALS, QUALITY_MEASURES, Recommendation, Refused
 from ..records.cell import Cell
 from ..records.invocation import command_text
@@ -103,9 +101,9 @@ def decision(found: Recommendation) -> str:
     """Return what to deploy and why, in few sentences, or that the results do not tell."""
     if found.winner is None:
         return " ".join([f"No decision: {'; '.join(map(_doubt, found.refused))}.", *found.changes])
-    goal, least = GOALS[found.goal], math.log1p(found.judge.noise)
+    goal, looks_better = GOALS[found.goal], found.judge.looks_better
     suspect = [one for one in found.refused if one.candidate.verdict.word == "suspect"]
-    if not found.runners_up and any(gain(found.winner, one.candidate, goal) > least for one in suspect):
+    if not found.runners_up and any(looks_better(found.winner, one.candidate, goal) for one in suspect):
         doubts = "; ".join(map(_doubt, found.refused))
         return " ".join([f"No decision: only {found.winner.name} is valid. {doubts}.", *found.changes])
     tied = [one.candidate for one in found.runners_up if one.tied]

@@ -59,10 +59,14 @@ class Judge:
             return False
         return any(self.surely_better(a, b, measure) for measure in objectives)
 
+    def looks_better(self, a: Candidate, b: Candidate, measure: Measure) -> bool:
+        """Return True if b is better than a by more than the noise threshold, by chance or not."""
+        return gain(a, b, measure) > math.log1p(self.noise)
+
     def surely_better(self, a: Candidate, b: Candidate, measure: Measure) -> bool:
         """Return True if b is better than a by more than chance and the noise threshold would explain."""
         key = measure.key(a.metrics)
-        if key is None or gain(a, b, measure) <= math.log1p(self.noise):
+        if key is None or not self.looks_better(a, b, measure):
             return False
         effect = self.compare(a, b).effect(key)
         if effect is not None and effect.effect != UNTESTED:

@@ -23,7 +23,7 @@ from ...records.text import known_words
 from ..comparability import differences, same_evidence
 from ..comparison import sentence
 from .candidates import MEMORY, Candidate, Limit, Measure, bound_text, candidates, figure, interval
-from .dominance import ALLOWABLE, DEFAULT_JUDGE, Judge, gain
+from .dominance import ALLOWABLE, DEFAULT_JUDGE, Judge
 
 GOALS = {entry.name: Measure.of(entry) for entry in shown_in(Goal)}
 """Name of a goal → its measure."""
@@ -133,13 +133,13 @@ def choose(
 ) -> Recommendation:
     """Choose like `recommend`, from candidates with their metrics."""
     target = GOALS[goal]
-    refused = [refusal for one in given if (refusal := _untrusted(one, accept_suspect))]
+    refused = [refusal for one in given if (refusal := untrusted(one, accept_suspect))]
     trusted = _without(given, refused)
     refused += _unlike(trusted, allow)
     refused += _measured_again(_without(trusted, refused))
     refused += [_lacking(one, target) for one in _without(trusted, refused) if one.value(target) is None]
     eligible = sorted(_without(trusted, refused), key=lambda one: _order(one, target))
-    beyond = [refusal for one in eligible if (refusal := _missed_limits(one, limits))]
+    beyond = [refusal for one in eligible if (refusal := missed_limits(one, limits))]
     fitting = _without(eligible, beyond)
     winner = fitting[0] if fitting else None
     objectives = _objectives(eligible, target, limits)
@@ -175,7 +175,7 @@ def _order(one: Candidate, target: Measure) -> float:
     return value if target.better == "lower" else -value
 
 
-def _untrusted(one: Candidate, accept_suspect: str | None) -> Refused | None:
+def untrusted(one: Candidate, accept_suspect: str | None) -> Refused | None:
     """The refusal of a failed or invalid cell, or of a suspect one unless accepted."""
     failure, verdict = one.result.failure, one.verdict
     if failure:
@@ -249,7 +249,7 @@ def _lacking(one: Candidate, measure: Measure) -> Refused:
     return Refused(one, f"It has no {measure.keys[-1]}. {measure.absent}")
 
 
-def _missed_limits(one: Candidate, limits: Sequence[Limit]) -> Refused | None:
+def missed_limits(one: Candidate, limits: Sequence[Limit]) -> Refused | None:
     """The refusal of a candidate that misses limits, all of them named; a missing value misses its limit too."""
     missed = [limit for limit in limits if (value := one.value(limit.measure)) is None or not limit.keeps(value)]
     if not missed:
@@ -313,9 +313,9 @@ def _changes(
     if winner is None and not named and beyond:
         nearest = min(beyond, key=lambda refusal: (len(refusal.missed), _order(refusal.candidate, target)))
         yield f"{nearest.candidate.name} is the nearest. {nearest.why}"
-    keeping = [one for one in suspects if one.value(target) is not None and not _missed_limits(one, limits)]
+    keeping = [one for one in suspects if one.value(target) is not None and not missed_limits(one, limits)]
     best = min(keeping, key=lambda one: _order(one, target), default=None)
-    if best is not None and (winner is None or gain(winner, best, target) > math.log1p(judge.noise)):
+    if best is not None and (winner is None or judge.looks_better(winner, best, target)):
         yield (
             f"{best.name} looks better and is suspect: {_figures(best, winner, target)}. If it is measured again and "
             "valid, it would win."

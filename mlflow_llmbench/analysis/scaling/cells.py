@@ -47,8 +47,8 @@ class Measured:
         """
         prompt = self.metrics.get(PROMPT_TOKENS.key())
         if name == "parameters":
-            count = self.result.load.facts.get("model.parameters") if self.result.load else None
-            return float(count) / 1e9 if count else None
+            count = parameter_count(self.result)
+            return count / 1e9 if count else None
         if name == "held_tokens":
             return None if prompt is None else self.cell.batch_size * (prompt + self.cell.output_tokens)
         return prompt if name == "prompt_tokens" else float(getattr(self.cell, name))
@@ -61,6 +61,12 @@ class Measured:
         of = PER_REPETITION.get(metric)
         found = unit_values(self.result, of) if of else None
         return [value for value in found or [] if value > 0]
+
+
+def parameter_count(result: RunResult) -> float | None:
+    """Return the number of parameters of the loaded model; None if it is unknown."""
+    count = result.load.facts.get("model.parameters") if result.load else None
+    return float(count) if count else None
 
 
 def select_usable(

@@ -8,10 +8,12 @@ does not, and one that crosses an end of the range leaves it undecided. A claim 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from ...records.text import plural
 from ...stats import t_interval
 from .tradeoffs import Ratio
 
@@ -106,11 +108,6 @@ def rests_text(estimate: Estimate) -> str:
     )
 
 
-def count_text(number: int, noun: str) -> str:
-    """Return a number with its noun."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 def around(value: float) -> tuple[float, float]:
     """Turn a claim that is one number into a range."""
     return value * (1 - EXACT), value * (1 + EXACT)
@@ -124,3 +121,14 @@ def range_text(claimed: tuple[float, float]) -> str:
         if claimed == around(middle)
         else f"{claimed[0]:g} to {claimed[1]:g}"
     )
+
+
+def by_majority(verdicts: Sequence[str], noun: str) -> tuple[str, str]:
+    """Return the verdict of more than half, undecided if there is none, and how the intervals of each `noun` lie."""
+    counts = Counter(verdicts)
+    verdict = next((word for word, count in counts.items() if count * 2 > len(verdicts)), UNSAID)
+    lie = (
+        f"inside in {counts[CONFIRMED]}, outside in {counts[NOT_CONFIRMED]}, undecided in {counts[UNSAID]} of "
+        f"{plural(len(verdicts), noun)}"
+    )
+    return verdict, lie

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from ...records.results import RunResult
 from ..decisions.candidates import MEMORY, Candidate, Limit, Measure, bound_text, candidates
 from ..decisions.dominance import Judge, gain
-from ..decisions.recommend import GOALS, QUALITY_MEASURES, Recommendation, choose
+from ..decisions.recommend import GOALS, QUALITY_MEASURES, Recommendation, choose, missed_limits, untrusted
+from .cells import parameter_count
 from .choices import TPOT_MEASURE, TTFT_MEASURE
 from .focus import Focus
 
@@ -39,7 +40,7 @@ class Better:
 
 
 @dataclass(frozen=True)
-class Deployment:
+class DeploymentAnswer:
     """The answer to one constraint: the recommendation among the models it names, and what was left out for no fault.
 
     `second`: the best of the candidates that are not the winner and not of its model, if there is another model.
@@ -53,7 +54,7 @@ class Deployment:
 
 def deployments(
     results: Sequence[RunResult], focus: Focus, accept_suspect: str | None, judge: Judge
-) -> tuple[Deployment, ...]:
+) -> tuple[DeploymentAnswer, ...]:
     """Answer each constraint from all results at the focus's machine, prompt length and other settings.
 
     Constraints that nothing keeps, or that have the answer of a row before them, are left out.
@@ -74,7 +75,7 @@ def _at(results: Sequence[RunResult], focus: Focus) -> list[RunResult]:
 
 def size_of(one: Candidate) -> float:
     """Number of parameters of a candidate's model, 0 if it is unknown."""
-    return float(one.result.load.facts.get("model.parameters") or 0) if one.result.load else 0.0
+    return parameter_count(one.result) or 0.0
 
 
 def models_elsewhere(results: Sequence[RunResult], focus: Focus) -> tuple[str, ...]:
@@ -90,7 +91,7 @@ class _Answers:
         self.given, self.accept_suspect, self.judge = given, accept_suspect, judge
         self.sizes = sorted({size_of(one) for one in given}, reverse=True)
 
-    def rows(self) -> Iterator[Deployment]:
+    def rows(self) -> Iterator[DeploymentAnswer]:
         yield from self._limited("memory", MEMORY, BUDGETS_GB, "memory ≤ {}", len(BUDGETS_GB))
         yield from self._limited("time to first token", TTFT_MEASURE, FIRST_TOKEN_MS, "first token ≤ {}", MOST_ROWS)
         yield from self._limited(
@@ -108,7 +109,7 @@ class _Answers:
 
     def _limited(
         self, option: str, measure: Measure, bounds: Sequence[float], words: str, most: int
-    ) -> Iterator[Deployment]:
+    ) -> Iterator[DeploymentAnswer]:
         """Yield the rows of one kind of limit: from the first bound that something keeps to the first that all keep."""
         seen: set[str] = set()
         for bound in bounds:
@@ -121,7 +122,7 @@ class _Answers:
             if values and all(map(limit.keeps, values)):
                 return
 
-    def _row(self, words: str, limits: tuple[Limit, ...]) -> Deployment | None:
+    def _row(self, words: str, limits: tuple[Limit, ...]) -> DeploymentAnswer | None:
         """Choose the largest model that keeps the limits, and its configuration with the most tokens."""
         for size in self.sizes:
             own = [one for one in self.given if size_of(one) == size]
@@ -131,16 +132,16 @@ class _Answers:
                 others = [one for one in self.given if size_of(one) <= size and one.result.cell.model != model]
                 second = self._choose(others, "throughput", limits).winner if others else None
                 larger = [one for one in self.given if size_of(one) > size]
-                return Deployment(words, found, second, self._better(found, [*larger, *own], larger))
+                return DeploymentAnswer(words, found, second, self._better(found, [*larger, *own], larger))
         return None
 
-    def _any(self, words: str, goal: str) -> Deployment | None:
+    def _any(self, words: str, goal: str) -> DeploymentAnswer | None:
         found = self._choose(self.given, goal, ())
         if not found.winner:
             return None
         others = [one for one in self.given if one.result.cell.model != found.winner.result.cell.model]
         second = self._choose(others, goal, ()).winner if others else None
-        return Deployment(words, found, second, self._better(found, self.given, ()))
+        return DeploymentAnswer(words, found, second, self._better(found, self.given, ()))
 
     def _choose(self, own: Sequence[Candidate], goal: str, limits: tuple[Limit, ...]) -> Recommendation:
         return choose(own, goal, limits, accept_suspect=self.accept_suspect, allow=ACROSS, judge=self.judge)
@@ -154,13 +155,9 @@ class _Answers:
         winner, target = found.winner, GOALS[found.goal]
         sizes, left_out = {id(one) for one in larger}, []
         for one in given:
-            trusted = one.verdict.word == "valid" or (one.verdict.word == "suspect" and self.accept_suspect)
-            measures = [limit.measure for limit in found.limits]
-            if trusted or one.value(target) is None or any(one.value(measure) is None for measure in measures):
+            if not untrusted(one, self.accept_suspect) or one.value(target) is None or missed_limits(one, found.limits):
                 continue
-            if not all(limit.keeps(one.value(limit.measure) or 0.0) for limit in found.limits):
-                continue
-            if id(one) in sizes or gain(winner, one, target) > math.log1p(self.judge.noise):
+            if id(one) in sizes or self.judge.looks_better(winner, one, target):
                 left_out.append(one)
         if not left_out:
             return None

@@ -18,7 +18,7 @@ from ..summary import hardware_name
 from .cells import Measured, models_text, select_usable
 from .choices import Choice, choices_by_model
 from .claims import Claim
-from .deployment import Deployment, deployments
+from .deployment import DeploymentAnswer, deployments
 from .finding_sentences import (
     Across,
     compare_machines,
@@ -50,7 +50,7 @@ class Findings:
     sentences: Mapping[str, tuple[str, ...]]
     claims: tuple[Claim, ...]
     choices: tuple[Choice, ...]
-    deployments: tuple[Deployment, ...]
+    deployments: tuple[DeploymentAnswer, ...]
     across: tuple[Across, ...]
     not_said: tuple[tuple[str, str], ...]
 

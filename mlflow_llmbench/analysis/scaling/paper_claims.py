@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from ...records.text import plural
 from ..comparison import RATE
 from . import memory_account
 from .cells import Measured, grouped
@@ -16,7 +17,7 @@ from .claims import (
     UNSAID,
     Claim,
     around,
-    count_text,
+    by_majority,
     judge_range,
     pooled,
     range_text,
@@ -131,7 +132,7 @@ def _quantization_claims(effects: Sequence[QuantEffect]) -> Iterator[Claim]:
             continue
         estimate = pooled(found)
         inside = sum(claimed[0] <= ratio.value <= claimed[1] for _, ratio in found)
-        lying = f"{inside} of {count_text(len(found), 'cell')} lie in the range"
+        lying = f"{inside} of {plural(len(found), 'cell')} lie in the range"
         parts = [lying, estimate.spread, rests_text(estimate)]
         why = f"{'; '.join(filter(None, parts))}."
         yield Claim(
@@ -186,7 +187,7 @@ def _batch_claim(study: ScalingStudy) -> Claim:
     verdict = CONFIRMED if inside == len(best) else NOT_CONFIRMED if outside * 2 > len(best) else UNSAID
     sizes = sorted({batch.optimal.per_instance for batch in study.batches})
     why = (
-        f"By Welch's test, the best sizes lie in the range in {inside} of {count_text(len(best), 'group')} and outside "
+        f"By Welch's test, the best sizes lie in the range in {inside} of {plural(len(best), 'group')} and outside "
         f"it in {outside}; otherwise sizes inside and outside are equally good."
     )
     return Claim("best_batch", said, claimed, f"best: {', '.join(map(str, sizes))}", verdict, why)
@@ -228,16 +229,11 @@ def _parameter_claim(key: str, said: str, laws: Sequence[LawFit], claimed: tuple
         why = "The law could not be fitted: too few cells differ only in this."
         return Claim(key, said, range_text(claimed), "–", UNSAID, why)
     found = [law.fit.parameter(law.law.main) for law in laws]
-    verdicts = [judge_range(one.low, one.high, claimed) for one in found]
-    counts = {word: verdicts.count(word) for word in (CONFIRMED, NOT_CONFIRMED, UNSAID)}
-    majority = next((word for word, count in counts.items() if count * 2 > len(found)), UNSAID)
+    verdict, lie = by_majority([judge_range(one.low, one.high, claimed) for one in found], "group")
     refuted = sum(law.refuted for law in laws)
-    parts = [
-        f"inside in {counts[CONFIRMED]}, outside in {counts[NOT_CONFIRMED]}, undecided in {counts[UNSAID]} "
-        f"of {count_text(len(found), 'group')}"
-    ]
+    parts = [lie]
     parts += [f"in {refuted} the cells deviate from the law by more than their repetitions scatter"] if refuted else []
-    return Claim(key, said, range_text(claimed), _parameters(found), majority, f"The interval lies {'; '.join(parts)}.")
+    return Claim(key, said, range_text(claimed), _parameters(found), verdict, f"The interval lies {'; '.join(parts)}.")
 
 
 def _parameters(found: Sequence[Parameter]) -> str:
@@ -272,11 +268,11 @@ def _form_claims(study: ScalingStudy) -> Iterator[Claim]:
         verdict = (
             CONFIRMED if nearest == len(laws) and not refuted else NOT_CONFIRMED if nearest * 2 < len(laws) else UNSAID
         )
-        shown = f"nearest in {nearest} of {count_text(len(laws), 'group')}" + (
+        shown = f"nearest in {nearest} of {plural(len(laws), 'group')}" + (
             f", else {', '.join(others)}" if others else ""
         )
         why = (
-            f"In {refuted} of {count_text(len(laws), 'group')} the cells deviate from it by more than their "
+            f"In {refuted} of {plural(len(laws), 'group')} the cells deviate from it by more than their "
             "repetitions scatter."
         )
         yield Claim(f"{key}_form", said, "the nearest curve", shown, verdict, why)

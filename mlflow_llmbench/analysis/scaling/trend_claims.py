@@ -15,7 +15,7 @@ from ...records.metrics import E2E, MBU, TTFT, peak_memory
 from ...records.quantizations import FLOAT_DTYPES
 from ..comparison import UNNAMED
 from .cells import Measured, grouped
-from .claims import CONFIRMED, NOT_CONFIRMED, UNSAID, Claim, count_text, judge_range, pooled, rests_text
+from .claims import UNSAID, Claim, by_majority, judge_range, pooled, rests_text
 from .fitting import Parameter
 from .laws import MODEL, LawFit
 from .study import ScalingStudy
@@ -135,16 +135,10 @@ def _differences(
 def _majority(
     key: str, said: str, claimed: str, found: Sequence[Triple], bounds: tuple[float, float], noun: str
 ) -> Claim:
-    verdicts = [judge_range(low, high, bounds) for _, low, high in found]
-    counts = {word: verdicts.count(word) for word in (CONFIRMED, NOT_CONFIRMED, UNSAID)}
-    verdict = next((word for word, count in counts.items() if count * 2 > len(found)), UNSAID)
+    verdict, lie = by_majority([judge_range(low, high, bounds) for _, low, high in found], noun)
     values = sorted(value for value, _, _ in found)
     shown = f"{values[0]:.3g}" if len(values) == 1 else f"{values[0]:.3g} to {values[-1]:.3g}"
-    why = (
-        f"The interval lies inside in {counts[CONFIRMED]}, outside in {counts[NOT_CONFIRMED]}, undecided in "
-        f"{counts[UNSAID]} of {count_text(len(found), noun)}."
-    )
-    return Claim(key, said, claimed, shown, verdict, why)
+    return Claim(key, said, claimed, shown, verdict, f"The interval lies {lie}.")
 
 
 def _pool(
