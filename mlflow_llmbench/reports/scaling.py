@@ -12,7 +12,7 @@ from ..analysis.scaling.memory_account import Growth, MemoryBreakdown
 from ..analysis.scaling.ranking import percent
 from ..analysis.scaling.study import WATCHED, BatchScaling, CliffSearch, QuantEfficiency, ScalingStudy, TokenCostAt
 from ..analysis.scaling.surfaces import surface_sentence
-from ..analysis.scaling.tradeoffs import Ratio
+from ..analysis.scaling.tradeoffs import Cliff, Ratio
 from ..records.codec import to_json
 from .escaping import markdown
 from .tables import MISSING, markdown_table, text_table
@@ -64,7 +64,7 @@ def law_cells(study: ScalingStudy) -> tuple[list[str], list[list[str]]]:
         low, high = law.fit.ranges[0]
         line = [
             law.law.title,
-            law.where,
+            f"{law.where}{_suspects(law)}",
             law.fit.form.formula,
             parameters_text(law.fit),
             f"{low:g} to {high:g}",
@@ -72,6 +72,12 @@ def law_cells(study: ScalingStudy) -> tuple[list[str], list[list[str]]]:
         ]
         body.append([*line, percent(law.fit.sigma), percent(law.fit.loo_error), law.best.form.formula])
     return heading, body
+
+
+def _suspects(law: LawFit) -> str:
+    """Say how many of a law's cells are suspect; empty if none is."""
+    count = sum(m.is_suspect for m in law.cells)
+    return f" ({count} of {len(law.cells)} suspect)" if count else ""
 
 
 def prediction_cells(study: ScalingStudy) -> tuple[list[str], list[list[str]]]:
@@ -84,7 +90,7 @@ def prediction_cells(study: ScalingStudy) -> tuple[list[str], list[list[str]]]:
         body.append(
             [
                 name,
-                law.where,
+                f"{law.where}{_suspects(law)}",
                 f"{law.law.over} {p.x[0]:g}",
                 f"{p.value:.4g} {law.law.unit}",
                 interval,
@@ -225,7 +231,7 @@ def _cliff_sentences(searches: Sequence[CliffSearch]) -> list[str]:
     found = [
         f"Latency cliff ({search.where}): from {search.over.replace('_', ' ')} {cliff.before:g} to {cliff.after:g} "
         f"the {WATCHED[search.metric]} grows {cliff.factor:.2f} times more than the neighbouring steps explain "
-        f"(p {'< 0.001' if cliff.p_value < 0.001 else f'= {cliff.p_value:.3f}'})."
+        f"(p {'< 0.001' if cliff.p_value < 0.001 else f'= {cliff.p_value:.3f}'}).{_doubt(search, cliff)}"
         for search in searches
         for cliff in search.cliffs
     ]
@@ -238,6 +244,19 @@ def _cliff_sentences(searches: Sequence[CliffSearch]) -> list[str]:
             else []
         ),
     ]
+
+
+def _doubt(search: CliffSearch, cliff: Cliff) -> str:
+    """Say which of the two cells of a cliff are suspect, and why; empty if none is."""
+    found = {place: codes for place in (cliff.before, cliff.after) if (codes := search.suspect.get(place))}
+    if not found:
+        return ""
+    told = " and ".join(f"at {place:g} ({', '.join(codes)})" for place, codes in found.items())
+    cells = "The cell" if len(found) == 1 else "The cells"
+    return (
+        f" {cells} {told} {'is' if len(found) == 1 else 'are'} suspect, so the step may come from a disturbance. "
+        "Measure again on a quiet machine."
+    )
 
 
 def _token_cost_sentence(found: TokenCostAt) -> str:

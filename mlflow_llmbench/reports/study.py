@@ -186,7 +186,7 @@ def _plain_table(heading: Sequence[str], body: Sequence[Sequence[str]]) -> Table
 
 def _pictures(pictures: Mapping[str, tuple[bytes, str]]) -> tuple[Picture, ...]:
     """Return the pictures with their captions; figures of laws have none."""
-    captions = {chart.name: chart.caption for chart in charts_of("study")}
+    captions = {chart.name: chart.legend for chart in charts_of("study")}
     return tuple(Picture(name, path, svg, captions.get(name, "")) for name, (svg, path) in pictures.items())
 
 
@@ -281,7 +281,8 @@ def _across_table(found: Findings) -> Table:
             if one.speed.low is not None and one.speed.high is not None
             else "–"
         )
-        body.append((one.name, one.first, one.second, f"{one.speed.value:.3g}", ends))
+        name = f"{one.name} (suspect)" if one.suspect else one.name
+        body.append((name, one.first, one.second, f"{one.speed.value:.3g}", ends))
     return Table(
         ("configuration", "first", "second", "throughput, second ÷ first", "95 % interval"), tuple(body), frozenset({3})
     )

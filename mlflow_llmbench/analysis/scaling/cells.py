@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from ...records.calibration import Calibration
 from ...records.cell import Cell, differing
 from ...records.metrics import PROMPT_TOKENS, TTFT
-from ...records.results import RunResult
+from ...records.results import RunResult, Verdict
 from ..comparison import UNNAMED
 from ..repetitions import PER_REPETITION, unit_values
-from ..summary import summarize
+from ..summary import hardware_name, summarize
 from ..verdict import judge
 
 MEDIAN_TTFT = TTFT.key("p50")
@@ -34,6 +36,16 @@ class Measured:
     def cell(self) -> Cell:
         """The cell that was measured."""
         return self.result.cell
+
+    @cached_property
+    def verdict(self) -> Verdict:
+        """The verdict on the result."""
+        return judge(self.result)
+
+    @property
+    def is_suspect(self) -> bool:
+        """True if the figures are to be taken with care; charts and tables mark them."""
+        return self.verdict.word == "suspect"
 
     @property
     def dtype(self) -> str:
@@ -137,6 +149,13 @@ def subject(cells: Sequence[Measured]) -> str:
     return " ".join([models_text(cells), *(quants if len(quants) == 1 else ())])
 
 
+def machine_names(cells: Sequence[Measured]) -> dict[str, str]:
+    """Map the environment hash of each machine to its name, with the hash if machines with other software share it."""
+    names = {m.result.hashes.env: hardware_name(m.result) for m in cells}
+    alike = Counter(names.values())
+    return {env: f"{name} [{env[:6]}]" if alike[name] > 1 else name for env, name in names.items()}
+
+
 def grouped(cells: Sequence[Measured], freed: Sequence[str]) -> Iterator[tuple[str, list[Measured]]]:
     """Yield (name, cells) of groups that differ only in the freed settings, on one machine with one software.
 
@@ -146,7 +165,7 @@ def grouped(cells: Sequence[Measured], freed: Sequence[str]) -> Iterator[tuple[s
     """
     fixed = [f.name for f in dataclasses.fields(Cell) if f.name not in (*UNNAMED, *freed)]
     named = [name for name in varied_settings([c.cell for c in cells]) if name not in freed]
-    machines = {measured.result.hashes.env for measured in cells}
+    machines = machine_names(cells)
     across = "model" in freed
     dtypes = {measured.dtype for measured in cells} if across else {""}
     groups: dict[tuple[object, ...], list[Measured]] = {}
@@ -168,6 +187,8 @@ def grouped(cells: Sequence[Measured], freed: Sequence[str]) -> Iterator[tuple[s
             or [name for name in ("model", "quant") if name not in freed],
         )
         yield (
-            where + (f" {key[-1]}" if len(dtypes) > 1 else "") + (f" on {key[0]}" if len(machines) > 1 else ""),
+            where
+            + (f" {key[-1]}" if len(dtypes) > 1 else "")
+            + (f" on {machines[str(key[0])]}" if len(machines) > 1 else ""),
             groups[key],
         )

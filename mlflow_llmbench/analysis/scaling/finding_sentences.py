@@ -13,7 +13,7 @@ from ...records.quantizations import COLOURS
 from ...records.results import RunResult
 from ...records.text import large_number_text, number_text
 from ..comparison import RATE
-from ..decisions.candidates import candidates, figure
+from ..decisions.candidates import figure
 from .cells import MEDIAN_TTFT, Measured, describe, grouped, varied_settings
 from .claims import Estimate, pooled, rests_text
 from .effects import effect_ratio
@@ -25,12 +25,13 @@ from .tradeoffs import Ratio
 
 @dataclass(frozen=True)
 class Across:
-    """One configuration on two machines: throughput of the second ÷ that of the first."""
+    """One configuration on two machines: throughput of the second ÷ that of the first, and if a result is suspect."""
 
     name: str
     first: str
     second: str
     speed: Ratio
+    suspect: bool = False
 
 
 def _shown(measured: Measured, key: str) -> str:
@@ -48,7 +49,7 @@ def measured_sentences(
 ) -> Iterator[str]:
     """Say how much was measured, where, and which cells are best."""
     sweeps = len({result.sweep for result in results})
-    suspect = sum(1 for one in candidates([m.result for m in cells]) if one.verdict.word == "suspect")
+    suspect = sum(one.is_suspect for one in cells)
     text = f"{len(cells)} cells of {len(results)} can be used, from {sweeps} sweep{'' if sweeps == 1 else 's'}"
     yield f"{text}, on {'; '.join(f'{m.name} ({m.cells})' for m in machines)}." + (
         f" {suspect} of them are suspect." if suspect else ""
@@ -258,6 +259,7 @@ def compare_machines(cells: Sequence[Measured], machines: Sequence[Machine]) -> 
                     machines[0].name,
                     other.name,
                     effect_ratio("", measured, first, RATE),
+                    measured.is_suspect or first.is_suspect,
                 )
 
 

@@ -345,4 +345,5 @@ def rounded(value: float | None, width: float) -> str:
     if value == 0 or width <= 0:
         return f"{value:.6g}"
     digits = 2 + math.floor(math.log10(abs(value))) - math.floor(math.log10(width))
-    return f"{value:.{min(6, max(3, digits))}g}"
+    text = f"{value:.{min(6, max(3, digits))}g}"
+    return f"{float(text):.0f}" if "e+" in text and abs(value) < 1e9 else text

@@ -12,14 +12,17 @@ from ...records.cell import Cell
 from ...records.metric import interval_keys
 from ..comparison import UNNAMED
 from ..repetitions import interval_over_units
-from ..summary import hardware_name
-from .cells import Measured, describe, varied_settings
+from .cells import Measured, describe, machine_names, varied_settings
 
 OF_MODEL = ("model", "revision", "weights", "backend", "trust_remote_code", "allow_pickle", "workload")
 """Settings of a model: in one figure each model may have its own, and those that vary are named."""
 
 SHOWN = ("quant", "batch_size", "prompt_tokens")
 """The axes of the figures, beside the model."""
+
+
+OF_MACHINE = ("device", "threads", "gpu_layers", "worker_python")
+"""Settings that say how a machine is used."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +53,14 @@ def find_machines(cells: Sequence[Measured]) -> tuple[Machine, ...]:
     """Return the machines, the one with most cells first."""
     counts = Counter(measured.result.hashes.env for measured in cells)
     first = {env: next(m.result for m in cells if m.result.hashes.env == env) for env in counts}
-    names = {env: hardware_name(result) for env, result in first.items()}
-    alike = Counter(names.values())
-    shown = {env: f"{name} [{env[:6]}]" if alike[name] > 1 else name for env, name in names.items()}
+    shown = machine_names(cells)
     return tuple(Machine(env, shown[env], count, first[env].price_per_hour) for env, count in counts.most_common())
 
 
 def choose_focus(cells: Sequence[Measured], machines: Sequence[Machine]) -> Focus:
     """Choose the machine and settings of most cells, and the shape at which most models and quantizations meet."""
     here = [measured for measured in cells if measured.result.hashes.env == machines[0].env]
-    held = [f.name for f in dataclasses.fields(Cell) if f.name not in (*UNNAMED, *OF_MODEL, *SHOWN)]
+    held = _held()
     counts = Counter(tuple(getattr(m.cell, name) for name in held) for m in here)
     chosen = counts.most_common(1)[0][0]
     newest: dict[tuple[object, ...], Measured] = {}
@@ -112,6 +113,19 @@ def with_interval(measured: Measured, key: str, scale: float = 1.0) -> tuple[flo
         ends = interval_over_units(measured.result, key, measured.values(key))
         low, high = (min(max(ends[0], 0.0), value), max(ends[1], value)) if ends else (value, value)
     return value * scale, low * scale, high * scale
+
+
+def like_focus(measured: Measured, focus: Focus) -> bool:
+    """Return True if a cell of any machine has the settings of the focus, but for model, shape and use of the machine.
+
+    The device, its threads and the interpreter of the worker belong to the machine.
+    """
+    first = focus.cells[0].cell
+    return all(getattr(measured.cell, name) == getattr(first, name) for name in _held() if name not in OF_MACHINE)
+
+
+def _held() -> list[str]:
+    return [f.name for f in dataclasses.fields(Cell) if f.name not in (*UNNAMED, *OF_MODEL, *SHOWN)]
 
 
 def at_focus(measured: Measured, focus: Focus) -> bool:

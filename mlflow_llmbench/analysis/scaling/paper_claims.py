@@ -53,6 +53,11 @@ class QuantEffect:
         return self.measured.cell.quant
 
     @property
+    def is_suspect(self) -> bool:
+        """True if one of both cells is suspect."""
+        return self.measured.is_suspect or self.reference.is_suspect
+
+    @property
     def from_16_bits(self) -> bool:
         """True if the reference has 16-bit weights, as the paper's has."""
         return self.memory.theory == 1 - (memory_account.nominal_bits(self.quant) or 16) / 16

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -58,13 +58,17 @@ class QuantEfficiency(GroupFinding):
 
 @dataclass(frozen=True)
 class CliffSearch(GroupFinding):
-    """The cliffs of one series: its metric, the varied setting, its values, and the cells' configuration hashes."""
+    """The cliffs of one series: its metric, the varied setting, its values, and the cells' configuration hashes.
+
+    `suspect`: value of the setting → codes of the reasons for which its cell is suspect.
+    """
 
     metric: str
     over: str
     places: tuple[float, ...]
     cliffs: tuple[Cliff, ...]
     config_hashes: tuple[str, ...] = ()
+    suspect: Mapping[float, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -242,6 +246,11 @@ def _cliffs(cells: Sequence[Measured], failures: Failures) -> Iterator[CliffSear
                         tuple(sorted(series)),
                         tuple(found),
                         tuple(m.result.hashes.config for m in group),
+                        {
+                            place: tuple(reason.code for reason in m.verdict.reasons)
+                            for m in group
+                            if m.is_suspect and (place := m.variable(over))
+                        },
                     )
 
 

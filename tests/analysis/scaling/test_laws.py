@@ -172,8 +172,8 @@ def test_unlike_machines_and_settings_are_never_fitted_together() -> None:
     study = study_scaling([*here, *there])
     assert [len(found.cells) for found in study.laws if found.law.key == "throughput_by_batch"] == [6, 6]
     assert {found.where for found in study.laws if found.law.key == "throughput_by_batch"} == {
-        "opt-125m bf16 on a",
-        "opt-125m bf16 on b",
+        "opt-125m bf16 on an unnamed machine [a]",
+        "opt-125m bf16 on an unnamed machine [b]",
     }
     other = sweep(lengths=[128], quant="int8")
     assert [found.where for found in study_scaling([*here, *other]).laws if found.law.key == "throughput_by_batch"] == [
