@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -16,20 +18,9 @@ from ...analysis.scaling.study import ScalingStudy
 from ...analysis.scaling.surfaces import Surface
 from ...stats import t_interval
 from .catalogue import Chart, Drawing
+from .figure_data import PALETTE
 from .lines import MOST_TICKS
-from .style import (
-    BLUE,
-    BROWN,
-    GREY,
-    INK,
-    ORANGE,
-    RED,
-    WIDTH,
-    Array,
-    new_figure,
-    plain_numbers,
-    put_legend,
-)
+from .style import BLUE, GREY, INK, ORANGE, WIDTH, Array, hollow, new_figure, plain_numbers, put_legend, suspect_handle
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,6 +41,12 @@ AXES = {
 }
 POINTS = 120  # of a curve
 
+LEAST_STEP = 0.13
+"""Smallest distance between the names of two ticks, as a share of the axis."""
+
+WIDEST_HEADING = 36
+"""Most characters in a line above a panel."""
+
 
 def law_figures(study: ScalingStudy) -> Drawing:
     """Draw one figure for each fitted law, named by its key."""
@@ -63,7 +60,10 @@ def _exponents(study: ScalingStudy) -> Drawing:
 
 
 def _law_figure(laws: Sequence[LawFit], study: ScalingStudy) -> Figure:
-    """Draw one panel per group: cells (dots), the law with its 95 % band, the best rival, predictions (hollow dots)."""
+    """Draw one panel per group: cells (dots), the law with its 95 % band, the best rival, predictions (crosses).
+
+    Rows of panels share their scale.
+    """
     shown = laws[:MOST_PANELS]
     columns = min(3, len(shown))
     rows = -(-len(shown) // columns)
@@ -77,11 +77,12 @@ def _law_figure(laws: Sequence[LawFit], study: ScalingStudy) -> Figure:
     figure, panels = new_figure(
         law.title[:1].upper() + law.title[1:], " · ".join(filter(None, notes)), size, (rows, columns)
     )
+    values: list[list[float]] = []
     for number, (axes, found) in enumerate(zip(panels, shown, strict=False)):
         predictions = [predicted for owner, predicted in study.predictions if owner is found]
-        _draw_law(axes, found, predictions)
+        values.append(_draw_law(axes, found, predictions))
         axes.set(
-            title=textwrap.fill(found.where, 40, max_lines=3, placeholder="…") if len(shown) > 1 else "",
+            title=textwrap.fill(found.where, WIDEST_HEADING, max_lines=3, placeholder="…") if len(shown) > 1 else "",
             xlabel=AXES[law.over],
         )
         if number % columns == 0:
@@ -97,7 +98,14 @@ def _law_figure(laws: Sequence[LawFit], study: ScalingStudy) -> Figure:
             ha="right" if falls else "left",
             size=8,
             color=INK,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1.5},
+            zorder=6,
         )
+    every = [*itertools.chain(*values)]
+    logarithmic = max(every) > LOG_FROM * min(every) > 0
+    for first in range(0, len(shown), columns):
+        own = values[first : first + columns]
+        _share_scale(panels[first : first + len(own)], [*itertools.chain(*own)], logarithmic)
     for axes in panels[len(shown) :]:
         axes.remove()
     handles = {
@@ -107,11 +115,13 @@ def _law_figure(laws: Sequence[LawFit], study: ScalingStudy) -> Figure:
     }
     for label, handle in handles.items():
         handle.set_label(label)
-    put_legend(figure, list(handles.values()))
+    doubtful = [suspect_handle()] if any(m.is_suspect for found in shown for m in found.cells) else []
+    put_legend(figure, [*handles.values(), *doubtful])
     return figure
 
 
-def _draw_law(axes: Axes, found: LawFit, predictions: Sequence[Prediction]) -> None:
+def _draw_law(axes: Axes, found: LawFit, predictions: Sequence[Prediction]) -> list[float]:
+    """Draw one group, and return the values that the axis must reach."""
     low, high = found.fit.ranges[0]
     x: Array = np.geomspace(low, high, POINTS).astype(np.float64)
     x[0], x[-1] = low, high  # without the rounding error that would put them out of range
@@ -135,50 +145,72 @@ def _draw_law(axes: Axes, found: LawFit, predictions: Sequence[Prediction]) -> N
     if ends:
         axes.vlines(*zip(*ends, strict=True), color=INK, linewidth=1.2)
     axes.plot(places, found.fit.y, "o", color=INK, markersize=5, markeredgewidth=0, label="measured", zorder=4)
+    doubtful = [
+        (place, value) for place, m, value in zip(places, found.cells, found.fit.y, strict=True) if m.is_suspect
+    ]
+    if doubtful:
+        axes.plot(*zip(*doubtful, strict=True), "o", markersize=5, zorder=5, **hollow(INK))
     if predictions:
         at = [p.x[0] for p in predictions]
         axes.vlines(at, [p.low for p in predictions], [p.high for p in predictions], color=GREY, linewidth=1.0)
-        axes.plot(
-            at, [p.value for p in predictions], "o", mfc="white", mec=GREY, markersize=5, label="predicted", zorder=3
-        )
-    _scale(axes, places, [*found.fit.y, *(min(high, 2 * max(found.fit.y)) for high in band[1::2])])
+        axes.plot(at, [p.value for p in predictions], "x", color=GREY, markersize=6, label="predicted", zorder=3)
+    _number_ticks(axes, places)
+    return [*found.fit.y, *(min(high, 2 * max(found.fit.y)) for high in band[1::2])]
 
 
 def _values(found: Fit, x: Array) -> list[float]:
     return [found.predict(float(place)).value for place in x]
 
 
-def _scale(axes: Axes, places: Array, values: Sequence[float]) -> None:
-    """Make x logarithmic with the measured places as ticks, and y start at 0 or, over a wide range, logarithmic.
-
-    Leaves room above for the text with the parameters.
-    """
+def _number_ticks(axes: Axes, places: Array) -> None:
+    """Make x logarithmic with the measured places as ticks."""
     axes.set_xscale("log", base=2)
     ticks = sorted({float(place) for place in places})
     kept = ticks if len(ticks) <= MOST_TICKS else [2.0**k for k in range(-6, 31) if ticks[0] <= 2.0**k <= ticks[-1]]
-    axes.set_xticks(kept, [f"{tick:,.0f}" if tick >= 10 else f"{tick:.3g}" for tick in kept])
+    named = _apart(kept)
+    axes.set_xticks(kept, [(f"{t:,.0f}" if t >= 10 else f"{t:.3g}") if t in named else "" for t in kept])
     axes.minorticks_off()
     air = (ticks[-1] / ticks[0]) ** 0.06
     axes.set_xlim(ticks[0] / air, ticks[-1] * air)
+
+
+def _apart(ticks: Sequence[float]) -> list[float]:
+    """Return those of increasing ticks whose names do not cover each other on a logarithmic axis, with both ends."""
+    step = math.log(ticks[-1] / ticks[0]) * LEAST_STEP
+    kept = ticks[:1]
+    for tick in ticks[1:-1]:
+        if math.log(tick / kept[-1]) >= step and math.log(ticks[-1] / tick) >= step:
+            kept = [*kept, tick]
+    return [*kept, *ticks[1:][-1:]]
+
+
+def _share_scale(row: Sequence[Axes], values: Sequence[float], logarithmic: bool) -> None:
+    """Give a row of panels the same y axis, from 0 if it is not logarithmic.
+
+    Leaves room above for the text with the parameters.
+    """
     low, high = min(values), max(values)
-    if high > LOG_FROM * low > 0:
-        axes.set_yscale("log")
-        plain_numbers(axes)
-        axes.set_ylim(low / 1.3, high * (high / low) ** 0.35)
-    else:
-        axes.set_ylim(0, high * 1.35)
+    for axes in row:
+        if logarithmic:
+            axes.set_yscale("log")
+            plain_numbers(axes.yaxis)
+            axes.set_ylim(low / 1.3, high * (high / low) ** 0.35)
+        else:
+            axes.set_ylim(0, high * 1.35)
 
 
 def _exponents_figure(surfaces: Sequence[Surface]) -> Figure:
     """Draw β of the batch size by prompt length, with 95 % intervals: the paper's β(s)."""
+    more = [f"first {MOST_PANELS} of {len(surfaces)} groups"] if len(surfaces) > MOST_PANELS else []
     figure, (axes,) = new_figure(
         "Exponent of the batch size by prompt length",
-        "T = α·b^β at each length · 1 = perfect scaling · line: 95 % interval",
+        " · ".join(["T = α·b^β at each length", "1 = perfect scaling", "line: 95 % interval", *more]),
     )
-    for number, surface in enumerate(surfaces[:MOST_PANELS]):
-        colour = (BLUE, ORANGE, RED, BROWN, GREY, INK)[number % 6]
+    shown = surfaces[:MOST_PANELS]
+    for number, surface in enumerate(shown):
+        colour = (*PALETTE, INK)[number % (len(PALETTE) + 1)]
         points = [(length, fit.parameter("β")) for length, fit in surface.exponents]
-        shift = 1.015 ** (number - (len(surfaces) - 1) / 2)
+        shift = 1.015 ** (number - (len(shown) - 1) / 2)
         x = [length * shift for length, _ in points]
         axes.vlines(
             x,
@@ -188,7 +220,7 @@ def _exponents_figure(surfaces: Sequence[Surface]) -> Figure:
         )
         axes.plot(x, [p.value for _, p in points], "o-", color=colour, markersize=5, linewidth=1.0, label=surface.where)
     axes.set_xscale("log", base=2)
-    ticks = sorted({length for surface in surfaces for length, _ in surface.exponents})
+    ticks = sorted({length for surface in shown for length, _ in surface.exponents})
     axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
     axes.minorticks_off()
     axes.set(xlabel="Prompt tokens", ylabel="β", ylim=(min(0.0, axes.get_ylim()[0]), max(1.05, axes.get_ylim()[1])))

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 
@@ -24,6 +25,11 @@ MARKERS = "osD^vP*X"  # one per model
 
 WIDTH, HEIGHT, WIDEST, DPI = 9.0, 4.6, 24.0, 144  # inches, and dots per inch of the PNG
 CHARACTER = 0.6 / 72  # inches of width per character and point of font size, DejaVu Sans
+HEADER, BARE_HEADER = 0.92, 0.64  # inches of title and subtitle, with and without a row of legend entries
+ENTRY, LEGEND_ROW = 0.42, 0.2  # inches of a legend entry besides its text, and of a row of entries
+
+HATCH = "/////"
+"""Hatching of suspect bars and fields; suspect points are hollow."""
 
 STYLE: Any = {
     "font.family": "sans-serif",
@@ -104,7 +110,7 @@ def new_figure(
     from matplotlib.figure import Figure
 
     width, height = inches
-    header = 0.92 if legend else 0.64
+    header = HEADER if legend else BARE_HEADER
     figure = Figure(figsize=inches)
     figure.set_layout_engine(
         "constrained", rect=(0, 0, 1, 1 - header / height), w_pad=0.1, h_pad=0.08, wspace=0.02, hspace=0.04
@@ -122,31 +128,89 @@ def new_figure(
 
 
 def put_legend(figure: Figure, handles: Sequence[Any]) -> None:
-    """Put the legend in one row under the subtitle, outside the axes, or in rows at the bottom if it is too wide."""
+    """Put the legend in one row under the subtitle, outside the axes, or in rows at the bottom if it is too wide.
+
+    Rows at the bottom are read from left to right, and make the figure higher. A label that is wider than the figure
+    is shortened.
+    """
     if not handles:
         return
-    width = figure.get_figwidth()
-    entries = [len(str(handle.get_label())) * 9 * CHARACTER + 0.5 for handle in handles]
+    room = figure.get_figwidth() - 0.3
+    for handle in handles:
+        handle.set_label(_shortened(str(handle.get_label()), room - ENTRY))
+    entries = [text_width(str(handle.get_label()), 9) + ENTRY for handle in handles]
     form: Any = {"borderpad": 0.1, "handlelength": 1.3, "columnspacing": 1.4}
-    if sum(entries) < width - 0.3:
-        place = (0.12 / width, 1 - 0.62 / figure.get_figheight())
+    if sum(entries) < room:
+        place = (0.12 / figure.get_figwidth(), 1 - 0.62 / figure.get_figheight())
         form |= {"borderaxespad": 0.0, "handletextpad": 0.5}
         legend = figure.legend(
             handles=list(handles), ncols=len(handles), loc="upper left", bbox_to_anchor=place, **form
         )
         legend.set_in_layout(False)
-    else:
-        columns = max(1, int((width - 0.3) / max(entries)))
-        figure.legend(handles=list(handles), ncols=columns, loc="outside lower left", **form)
+        return
+    columns = max(1, int(room / max(entries)))
+    rows = -(-len(handles) // columns)
+    _make_higher(figure, max(0.0, rows * LEGEND_ROW - (HEADER - BARE_HEADER)))
+    by_column = [handles[place] for first in range(columns) for place in range(first, len(handles), columns)]
+    figure.legend(handles=by_column, ncols=columns, loc="outside lower left", **form)
 
 
-def plain_numbers(axes: Axes) -> None:
-    """Write the numbers of a logarithmic y axis without exponents."""
+def _shortened(text: str, inches: float) -> str:
+    """Shorten a legend's label to a width."""
+    if text_width(text, 9) <= inches:
+        return text
+    return next(
+        short
+        for count in range(len(text) - 1, -1, -1)
+        if text_width(short := f"{text[:count]}…", 9) <= inches or not count
+    )
+
+
+def _make_higher(figure: Figure, inches: float) -> None:
+    """Make a figure higher for a legend at the bottom, and give the row under the subtitle to the axes."""
+    before = figure.get_figheight()
+    after = before + inches
+    figure.set_figheight(after)
+    for text in figure.texts:
+        text.set_y(1 - (1 - text.get_position()[1]) * before / after)
+    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - BARE_HEADER / after))  # type: ignore[call-arg, union-attr]
+
+
+def text_width(text: str, size: float) -> float:
+    """Width of a text in our font, in inches."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+
+    font = FontProperties(family=STYLE["font.sans-serif"], size=size)
+    return float(text_to_path.get_text_width_height_descent(text, font, ismath=False)[0]) / 72
+
+
+def hollow(colour: str) -> dict[str, Any]:
+    """Form of the marker of a suspect result."""
+    return {"markerfacecolor": "white", "markeredgecolor": colour, "markeredgewidth": 1.2}
+
+
+def suspect_handle() -> Any:
+    """Legend entry of hollow markers."""
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], linestyle="", marker="o", markersize=6, label="hollow: suspect", **hollow(GREY))
+
+
+def suspect_patch() -> Any:
+    """Legend entry of hatched areas."""
+    from matplotlib.patches import Patch
+
+    return Patch(facecolor="white", edgecolor=GREY, hatch=HATCH, linewidth=0.8, label="hatched: suspect")
+
+
+def plain_numbers(axis: Axis) -> None:
+    """Write the numbers of a logarithmic axis without exponents."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def drawn_name(model: object) -> str:
