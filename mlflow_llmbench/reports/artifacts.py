@@ -22,7 +22,7 @@ from . import html, mixed_plan, recommendation, sweep
 from . import study as study_reports
 from .charts.catalogue import DrawnCharts, Subject, draw_charts
 from .charts.figure_data import figure_data
-from .charts.sweep import SweepPoints
+from .charts.sweep import SweepPoint, SweepPoints
 from .comparison import comparison_json, comparisons_markdown
 from .escaping import markdown, quotation
 from .result import Row, config_parameters, config_yaml, report_markdown, statistics_cells, summary_table, table_cells
@@ -119,7 +119,7 @@ def write_sweep(measured: Sequence[tuple[Row, str]], subject: sweep.Subject, fol
     )
     write_json(folder / "tables" / "comparison.json", split_table(heading, body))
     if draw:
-        points = [(row.cell, row.metrics) for row in sweep.drawable(rows)]
+        points = [SweepPoint(row.cell, row.metrics, row.state == "suspect") for row in sweep.drawable(rows)]
         _draw("sweep", SweepPoints(points, subject.spec.options.attainment), folder / "charts")
     pictures = sorted((folder / "charts").glob("*.svg"), key=lambda path: (path.stem != "overview", path.stem))
     told = sweep.overview(measured, subject)

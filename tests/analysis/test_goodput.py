@@ -21,7 +21,7 @@ from mlflow_llmbench.records.errors import UsageError
 from mlflow_llmbench.records.results import RunResult
 from mlflow_llmbench.reports.charts.catalogue import draw_charts
 from mlflow_llmbench.reports.charts.load import load_figures
-from mlflow_llmbench.reports.charts.sweep import SweepPoints
+from mlflow_llmbench.reports.charts.sweep import SweepPoint, SweepPoints
 
 from ..measure.test_online import CELL, MS, request, result
 from ..null_server import null_server
@@ -146,7 +146,7 @@ def test_the_limits_of_a_benchmark() -> None:
 
 def test_latency_against_throughput_is_drawn(tmp_path: Path) -> None:
     results = [measured(None, 10), measured(10, 11), measured(20, 12), measured(40, 200)]
-    points = [(one.cell, summarize(one)) for one in results]
+    points = [SweepPoint(one.cell, summarize(one)) for one in results]
     drawn = draw_charts("sweep", SweepPoints(points, 0.9), tmp_path).files
     assert {"load.svg", "load.png"} <= {file.name for file in drawn}
     text = (tmp_path / "load.svg").read_text()

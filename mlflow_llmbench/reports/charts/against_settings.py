@@ -8,7 +8,7 @@ from ...analysis.comparison import RATE
 from ...analysis.scaling.cells import MEDIAN_TTFT, Measured
 from ...analysis.scaling.focus import at_focus, with_interval
 from .catalogue import Chart, Drawing
-from .figure_data import FigureData, shape_text
+from .figure_data import FigureData, shape_text, sized_names
 from .lines import Line, Panel, Values, by_quant, lines_figure, points_over, ticks, value_of
 
 Rows = Sequence[tuple[str, Values]]
@@ -18,15 +18,15 @@ SPEED: Rows = (("Throughput (output tokens/s)", value_of(RATE)), ("Time to first
 def _against_size(data: FigureData) -> Drawing:
     """Draw throughput and time to first token over model size, a line per quantization, at the shape of comparison."""
     own = [m for m in data.cells if at_focus(m, data.found.focus) and m.variable("parameters")]
-    sizes = {m.variable("parameters") or 0.0: data.name(m) for m in own}
+    sizes = sized_names(own, data.names)
     if len(sizes) < 2:
         return "it needs two models of known size that were measured with the same batch size and prompt length"
     panels = [
-        Panel("", "Parameters (10⁹), logarithmic", label, tuple(by_quant(own, data.quants, "parameters", of)), sizes)
+        Panel("", "parameters (10⁹), logarithmic", label, tuple(by_quant(own, data.quants, "parameters", of)), sizes)
         for label, of in SPEED
     ]
     return lines_figure(
-        "Throughput and latency against model size", f"{shape_text(data)} · {data.common}", panels, 2, tilt=True
+        "Throughput and latency against model size", f"{shape_text(data)} · {data.common}", panels, 2, named=True
     )
 
 
@@ -86,18 +86,21 @@ CHARTS = (
         _against_size,
         "Throughput and time to first token over model size. Models of similar size lie side by side, whatever their "
         "family.",
+        (2, 6),
     ),
     Chart(
         "against_batch_size",
         "study",
         _against("batch_size", "Throughput and latency against batch size", "Batch size", "prompt_tokens"),
         "Throughput and time to first token over batch size, at one prompt length.",
+        (3, 7),
     ),
     Chart(
         "against_prompt_length",
         "study",
         _against("prompt_tokens", "Throughput and latency against prompt length", "Prompt tokens", "batch_size"),
         "Throughput and time to first token over prompt length, at one batch size.",
+        (4, 8),
     ),
     Chart(
         "per_instance",
@@ -110,5 +113,6 @@ CHARTS = (
             (("Throughput ÷ batch size (tokens/s)", _per_instance),),
         ),
         "Throughput of each request of a batch: throughput ÷ batch size.",
+        (15,),
     ),
 )

@@ -10,7 +10,7 @@ notebook's own settings are neither read nor changed. rcParams are global: do no
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
@@ -32,12 +32,27 @@ Drawing: TypeAlias = "Figure | Mapping[str, Figure] | str"
 
 @dataclass(frozen=True)
 class Chart:
-    """One chart: the name of its files, what it shows, the function that draws it, and its caption in reports."""
+    """One chart: the name of its files, what it shows, the function that draws it, and its caption in reports.
+
+    `paper`: numbers of the figures of the EffiLLM paper that it corresponds to.
+    """
 
     name: str
     subject: Subject
     draw: Callable[[Any], Drawing]
     caption: str = ""
+    paper: tuple[int, ...] = ()
+
+    @property
+    def legend(self) -> str:
+        """The caption with the numbers of the paper's figures."""
+        return f"{self.caption} ({figures_text(self.paper)} of the EffiLLM paper.)" if self.paper else self.caption
+
+
+def figures_text(numbers: Sequence[int]) -> str:
+    """Name figures by their numbers: `Figure 5`, `Figures 2 and 6`."""
+    *first, last = map(str, numbers)
+    return f"Figures {', '.join(first)} and {last}" if first else f"Figure {last}"
 
 
 @dataclass(frozen=True)

@@ -141,6 +141,7 @@ def _ratios_figure(comparisons: Sequence[Comparison]) -> Figure | None:
                 "with noise between processes" if any(c.process_noise != (None, None) for c in comparisons) else None,
                 "paired t test" if first.paired else "Welch's t test",
                 "Holm over metrics",
+                _doubt(comparisons),
             ],
         )
     )
@@ -167,6 +168,14 @@ def _ratios_figure(comparisons: Sequence[Comparison]) -> Figure | None:
     axes.set_xlabel(textwrap.fill(label, 90, max_lines=2, placeholder="…"))
     put_legend(figure, _legend(axes, effects))
     return figure
+
+
+def _doubt(comparisons: Sequence[Comparison]) -> str:
+    """Say whether results are suspect."""
+    doubtful = dict.fromkeys(doubt for one in comparisons for doubt in one.doubts)
+    return (
+        "" if not doubtful else next(iter(doubtful)) if len(doubtful) == 1 else f"{len(doubtful)} results are suspect"
+    )
 
 
 def _span(effects: Sequence[Effect]) -> tuple[float, float]:
@@ -253,7 +262,7 @@ def _values_figure(comparison: Comparison) -> Figure | None:
     rows = -(-len(effects) // columns)
     names = _words(comparison.name_a), _words(comparison.name_b)
     how = "lines join pairs" if comparison.paired else "from left to right as measured"
-    subtitle = f"{units_text(comparison)} · {how} · bars: means"
+    subtitle = " · ".join(filter(None, [units_text(comparison), how, "bars: means", _doubt([comparison])]))
     size = WIDTH + 1.5 if columns == 3 else WIDTH, 0.9 + 2.9 * rows
     figure, panels = new_figure(
         f"{names[1]} against {names[0]} · values", subtitle, size, (rows, columns), legend=False

@@ -11,9 +11,9 @@ from ...analysis.comparison import DEVICE_PEAK, HOST_PEAK, RATE
 from ...analysis.scaling.cells import Measured
 from ...analysis.scaling.findings import Findings
 from ...analysis.scaling.focus import at_focus, labels
-from ...records.cell import Cell
 from ...records.quantizations import COLOURS
 from .style import BLUE, BROWN, GREY, MARKERS, ORANGE, RED
+from .sweep import SweepPoint
 
 PALETTE = (BLUE, ORANGE, "#2e8b57", RED, "#8e44ad", BROWN, "#17a2a2", GREY)
 """Colours of models, for panels in which quantization does not vary."""
@@ -63,15 +63,26 @@ def shape_text(data: FigureData) -> str:
     return f"batch size {data.found.focus.batch} · {data.found.focus.prompt:g} prompt tokens"
 
 
+def sized_names(cells: Sequence[Measured], names: Mapping[str, str]) -> dict[float, str]:
+    """Map the size of each model of these cells (10⁹ parameters) to its label with the size.
+
+    `names`: configuration hash → label, as `labels` returns it.
+    """
+    sizes: dict[float, dict[str, None]] = {}
+    for m in cells:
+        sizes.setdefault(m.variable("parameters") or 0.0, {})[names[m.result.hashes.config]] = None
+    return {size: f"{', '.join(names)} · {size:.3g}" for size, names in sizes.items()}
+
+
 def memory_key(cells: Sequence[Measured]) -> str:
     """Return the metric of peak memory: of the device if all cells have it, else needed on the host."""
     return DEVICE_PEAK if all(DEVICE_PEAK in m.metrics for m in cells) else HOST_PEAK
 
 
-def points_at_focus(data: FigureData, key: str = RATE) -> list[tuple[Cell, Mapping[str, float]]]:
+def points_at_focus(data: FigureData, key: str = RATE) -> list[SweepPoint]:
     """Return the cells at the shape of comparison as `sweep` draws them, with the labels of `data` as model names."""
     workloads = {m.cell.workload for m in data.cells}
-    found: list[tuple[Cell, Mapping[str, float]]] = []
+    found = []
     for m in data.cells:
         if at_focus(m, data.found.focus) and key in m.metrics:
             named = {
@@ -82,6 +93,7 @@ def points_at_focus(data: FigureData, key: str = RATE) -> list[tuple[Cell, Mappi
                 "allow_pickle": False,
             }
             named |= {"workload": "various"} if len(workloads) > 1 else {}
-            found.append((dataclasses.replace(m.cell, **named), m.metrics))  # type: ignore[arg-type]
+            cell = dataclasses.replace(m.cell, **named)  # type: ignore[arg-type]
+            found.append(SweepPoint(cell, m.metrics, m.is_suspect))
     order = data.models
-    return sorted(found, key=lambda point: order.index(point[0].model))
+    return sorted(found, key=lambda point: order.index(point.cell.model))

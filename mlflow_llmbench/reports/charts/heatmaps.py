@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from ...analysis.scaling.study import MEAN_TPOT, CliffSearch
 from ...records.cell import Cell
 from .catalogue import Chart, Drawing
 from .figure_data import FigureData
-from .style import GREY, INK, LIGHT, RED, WIDTH, new_figure, value_label
+from .style import GREY, HATCH, INK, LIGHT, RED, WIDTH, new_figure, value_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,6 +51,7 @@ def _heatmap(key: str, title: str, unit: str, cliffs: bool) -> Callable[[FigureD
         notes = [
             unit,
             "red: a latency cliff" if cliffs else "",
+            "hatched: suspect" if any(m.is_suspect for _, _, own in shown for m in own) else "",
             f"first {len(shown)} of {len(maps)}" if len(maps) > len(shown) else "",
             data.common,
         ]
@@ -82,6 +83,7 @@ def _draw_map(
 ) -> None:
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm
+    from matplotlib.patches import Rectangle
 
     batches, prompts = _places(own)
     table = np.full((len(prompts), len(batches)), np.nan)
@@ -90,6 +92,11 @@ def _draw_map(
     norm = LogNorm(ends[0], max(ends[1], ends[0] * 1.01))
     colours = colormaps["Blues"].with_extremes(bad=LIGHT)
     axes.imshow(table, origin="lower", aspect="auto", cmap=colours, norm=norm)
+    for m in own:
+        if m.is_suspect:
+            corner = batches.index(m.cell.batch_size) - 0.5, prompts.index(m.variable("prompt_tokens") or 0.0) - 0.5
+            form: Any = {"fill": False, "hatch": HATCH, "edgecolor": GREY, "linewidth": 0}
+            axes.add_patch(Rectangle(corner, 1, 1, **form))
     for (row, column), value in np.ndenumerate(table):
         if not np.isnan(value):
             axes.text(
@@ -100,6 +107,7 @@ def _draw_map(
                 va="center",
                 size=8,
                 color="white" if norm(value) > 0.55 else INK,
+                bbox={"facecolor": colours(norm(value)), "edgecolor": "none", "pad": 0.8},
             )
     axes.set(
         xticks=range(len(batches)),
@@ -115,12 +123,16 @@ def _draw_map(
         if along is None:
             continue
         for cliff in search.cliffs:
+            doubtful = {cliff.before, cliff.after} & set(search.suspect)
+            edge: Any = {"color": RED, "linewidth": 3, "solid_capstyle": "butt"} | (
+                {"linestyle": (0, (1, 0.7)), "dash_capstyle": "butt"} if doubtful else {}
+            )
             if search.over == "batch_size":
                 right, row = batches.index(cliff.before) + 0.5, prompts.index(along.variable("prompt_tokens") or 0.0)
-                axes.plot([right, right], [row - 0.5, row + 0.5], color=RED, linewidth=3, solid_capstyle="butt")
+                axes.plot([right, right], [row - 0.5, row + 0.5], **edge)
             else:
                 column, top = batches.index(along.cell.batch_size), prompts.index(cliff.before) + 0.5
-                axes.plot([column - 0.5, column + 0.5], [top, top], color=RED, linewidth=3, solid_capstyle="butt")
+                axes.plot([column - 0.5, column + 0.5], [top, top], **edge)
 
 
 def _mark_failed(axes: Axes, data: FigureData, own: Sequence[Measured]) -> None:
@@ -154,13 +166,15 @@ CHARTS = (
         "study",
         _heatmap(RATE, "Throughput by batch size and prompt length", "output tokens/s", cliffs=False),
         "Throughput of every shape. Grey: not measured, with the outcome if it was tried.",
+        (5,),
     ),
     Chart(
         "heatmap_ttft",
         "study",
         _heatmap(MEDIAN_TTFT, "Time to first token by batch size and prompt length", "ms, median", cliffs=True),
         "Time to first token of every shape. A red edge is a latency cliff: a step that is steeper than both "
-        "neighbours.",
+        "neighbours; it is dotted where a cell beside it is suspect.",
+        (9,),
     ),
     Chart(
         "heatmap_tpot",

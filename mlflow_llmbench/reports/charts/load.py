@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...analysis.goodput import knee
@@ -23,7 +22,7 @@ from .style import (
     put_legend,
     value_label,
 )
-from .sweep import SweepPoints, settings_text
+from .sweep import Points, SweepPoint, SweepPoints, settings_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,10 +41,11 @@ def load_figures(sweep: SweepPoints) -> Drawing:
     A filled dot met the limits for the asked share of the requests. Points are joined in the order of the requested
     load.
     """
-    loads: dict[Cell, list[tuple[Cell, Mapping[str, float]]]] = {}
-    for cell, metrics in sweep.points:
+    loads: dict[Cell, list[SweepPoint]] = {}
+    for point in sweep.points:
+        cell, metrics, _ = point
         if cell.scenario == "online" and cell.trace is None and cell.ramp_to is None and RATE in metrics:
-            loads.setdefault(dataclasses.replace(cell, concurrency=1, request_rate=None), []).append((cell, metrics))
+            loads.setdefault(dataclasses.replace(cell, concurrency=1, request_rate=None), []).append(point)
     several = [(cell, found) for cell, found in loads.items() if len(found) >= LEAST_LOADS]
     if not several:
         return f"it needs {LEAST_LOADS} loads of one server"
@@ -55,9 +55,9 @@ def load_figures(sweep: SweepPoints) -> Drawing:
     }
 
 
-def _figure_of(cell: Cell, found: Sequence[tuple[Cell, Mapping[str, float]]], asked: float) -> Figure:
+def _figure_of(cell: Cell, found: Points, asked: float) -> Figure:
     ordered = sorted(found, key=lambda point: (point[0].request_rate or 0.0, point[0].concurrency))
-    panels = [panel for panel in PANELS if any(panel[0].key("p50") in metrics for _, metrics in ordered)]
+    panels = [panel for panel in PANELS if any(panel[0].key("p50") in metrics for _, metrics, _ in ordered)]
     limited = any(getattr(cell, name) is not None for name in ("slo_ttft_ms", "slo_tpot_ms", "slo_e2e_ms"))
     words = [f"quantization {cell.quant}"] if cell.launch else []
     words += [
@@ -67,7 +67,7 @@ def _figure_of(cell: Cell, found: Sequence[tuple[Cell, Mapping[str, float]]], as
     figure, axes = new_figure(
         f"{drawn_name(cell.model)} · latency against throughput", " · ".join(words), grid=(1, max(1, len(panels)))
     )
-    best = knee({metrics[RATE]: metrics[MEAN_E2E] for _, metrics in ordered if MEAN_E2E in metrics})
+    best = knee({metrics[RATE]: metrics[MEAN_E2E] for _, metrics, _ in ordered if MEAN_E2E in metrics})
     handles: dict[str, Any] = {}
     for one, (metric, slo) in zip(axes, panels, strict=False):
         _draw_panel(one, metric, ordered, asked if limited else None, handles)
@@ -76,7 +76,7 @@ def _figure_of(cell: Cell, found: Sequence[tuple[Cell, Mapping[str, float]]], as
                 best, color=BROWN, linewidth=1.2, linestyle=(0, (4, 3)), label=f"knee, {value_label(best)} requests/s"
             )
         limit = getattr(cell, slo)
-        if limit is not None and limit <= 3 * max(metrics.get(metric.key("p50"), 0.0) for _, metrics in ordered):
+        if limit is not None and limit <= 3 * max(metrics.get(metric.key("p50"), 0.0) for _, metrics, _ in ordered):
             handles["limit"] = one.axhline(limit, color=RED, linewidth=1.0, linestyle=":", label="limit")
         one.set(xlabel="Requests answered per second", ylabel=f"{metric.title.capitalize()} ({metric.unit})")
         one.set_ylim(bottom=0)
@@ -88,25 +88,24 @@ def _figure_of(cell: Cell, found: Sequence[tuple[Cell, Mapping[str, float]]], as
 def _draw_panel(
     axes: Axes,
     metric: Metric,
-    ordered: Sequence[tuple[Cell, Mapping[str, float]]],
+    ordered: Points,
     asked: float | None,
     handles: dict[str, Any],
 ) -> None:
     """Draw the median and, if the samples support it, the 95th percentile, with the requested load at each median."""
     for statistic, label, colour in LINES:
         key = metric.key(statistic)
-        known = [(cell, metrics) for cell, metrics in ordered if key in metrics]
+        known = [point for point in ordered if key in point.metrics]
         if not known:
             continue
-        x, y = [metrics[RATE] for _, metrics in known], [metrics[key] for _, metrics in known]
+        x, y = [metrics[RATE] for _, metrics, _ in known], [metrics[key] for _, metrics, _ in known]
         [handles[statistic]] = axes.plot(x, y, color=colour, linewidth=1.4, label=label)
-        good = [asked is None or metrics.get(ATTAINMENT.key(), 0.0) >= asked for _, metrics in known]
+        good = [asked is None or metrics.get(ATTAINMENT.key(), 0.0) >= asked for _, metrics, _ in known]
         axes.scatter(x, y, s=26, zorder=3, edgecolors=colour, facecolors=[colour if one else "white" for one in good])
         if statistic == "p50":
-            for (cell, _), across, up in zip(known, x, y, strict=True):
-                axes.annotate(
-                    load_text(cell), (across, up), textcoords="offset points", xytext=(4, -11), size=7.5, color=GREY
-                )
+            for (cell, _, suspect), across, up in zip(known, x, y, strict=True):
+                text = f"{load_text(cell)} (suspect)" if suspect else load_text(cell)
+                axes.annotate(text, (across, up), textcoords="offset points", xytext=(4, -11), size=7.5, color=GREY)
 
 
 CHARTS = (Chart("load", "sweep", load_figures),)

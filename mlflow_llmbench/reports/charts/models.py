@@ -12,19 +12,19 @@ from .sweep import overview_figure, quality_figure
 
 def _models(data: FigureData) -> Drawing:
     points = points_at_focus(data)
-    if len({cell.model for cell, _ in points}) < 2:
+    if len({point.cell.model for point in points}) < 2:
         return "it needs two models that were measured with the same batch size and prompt length"
     keys = [
         RATE,
         MEDIAN_TTFT,
-        *([ITL.key("p50")] if any(ITL.key("p50") in m for _, m in points) else []),
+        *([ITL.key("p50")] if any(ITL.key("p50") in m for _, m, _ in points) else []),
         memory_key(data.cells),
     ]
     return overview_figure(points, keys)
 
 
 def _quality(data: FigureData) -> Drawing:
-    scored = [(cell, metrics) for cell, metrics in points_at_focus(data) if KL.key() in metrics]
+    scored = [point for point in points_at_focus(data) if KL.key() in point.metrics]
     return (
         quality_figure(scored)
         if len(scored) > 1

@@ -12,21 +12,18 @@ from ...analysis.decisions.recommend import GOALS, Recommendation
 from ...records.metrics import KEYS
 from ...records.quantizations import COLOURS
 from .catalogue import Chart, Drawing
-from .style import BLUE, GREY, INK, RED, WIDTH, new_figure, put_legend
+from .placing import MOST_LABELS, draw_front, label_points
+from .style import BLUE, GREY, INK, RED, WIDTH, hollow, new_figure, put_legend, suspect_handle
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-MOST_LABELS = 14
-"""Points that are labelled. If there are more, only those on the front are."""
-
-
 def recommendation_figure(found: Recommendation) -> Drawing:
     """Draw the goal against memory and against each limited measure, one panel each.
 
-    Filled points are on the front, the ring marks the winner, the shaded range is excluded by a limit, bars are 95 %
-    intervals.
+    Large points are on the front, a line joins those that are the best in both axes of a panel, and hollow points are
+    suspect. The ring marks the winner, the shaded range is excluded by a limit, bars are 95 % intervals.
     """
     goal = GOALS[found.goal]
     others = [measure for measure in found.objectives if measure is not goal] or [MEMORY]
@@ -46,32 +43,39 @@ def recommendation_figure(found: Recommendation) -> Drawing:
     for axes in panels[len(others) :]:
         axes.remove()
     put_legend(figure, _legend(found))
+    for axes, measure in zip(panels, others, strict=False):
+        _label_panel(axes, found, measure, goal)
     return figure
 
 
 def _draw_panel(axes: Axes, found: Recommendation, across: Measure, up: Measure) -> None:
     """Draw one scatter plot: `across` on x, the goal on y."""
     front = {id(one) for one in found.front}
-    named = found.eligible if len(found.eligible) <= MOST_LABELS else found.front
     for measure, bars in ((across, "xerr"), (up, "yerr")):
         _draw_intervals(axes, found.eligible, across, up, measure, bars)
     for one in found.eligible:
         x, y = _place(one, across), _place(one, up)
         colour = COLOURS.get(one.result.cell.quant, BLUE)
-        axes.plot(
-            [x], [y], "o", color=colour, markersize=7, mfc=colour if id(one) in front else "white", mew=1.5, zorder=3
-        )
+        looks: Any = {"markersize": 8 if id(one) in front else 4, "alpha": 1.0 if id(one) in front else 0.7}
+        looks |= hollow(colour) if is_suspect(one) else {}
+        axes.plot([x], [y], "o", color=colour, zorder=3, **looks)
         if one is found.winner:
             axes.plot([x], [y], "o", markersize=14, mfc="none", mec=INK, mew=1.4, zorder=4)
     axes.margins(0.14)
     _draw_limits(axes, found, across, up)
-    middle = sum(axes.get_xlim()) / 2
-    for one in named:
-        x, side = _place(one, across), "left" if _place(one, across) < middle else "right"
-        place = (8 if side == "left" else -8, 5)
-        axes.annotate(one.name, (x, _place(one, up)), place, textcoords="offset points", size=8, color=INK, ha=side)
+    places = [(_place(one, across), _place(one, up)) for one in found.front]
+    draw_front(axes, places, (1 if across.better == "higher" else -1, 1 if up.better == "higher" else -1))
     axes.set(xlabel=_axis_label(across), ylabel=_axis_label(up))
     axes.grid(visible=True, axis="both")
+
+
+def _label_panel(axes: Axes, found: Recommendation, across: Measure, up: Measure) -> None:
+    """Name the candidates, or only those on the front if there are many."""
+    front = {id(one) for one in found.front}
+    named = found.eligible if len(found.eligible) <= MOST_LABELS else found.front
+    ordered = sorted(named, key=lambda one: (one is not found.winner, id(one) not in front))
+    others = [(_place(one, across), _place(one, up)) for one in found.eligible if one not in named]
+    label_points(axes, [(_place(one, across), _place(one, up), one.name) for one in ordered], others)
 
 
 def _draw_intervals(
@@ -114,7 +118,10 @@ def _legend(found: Recommendation) -> list[Any]:
     def dot(label: str, **form: Any) -> Any:
         return Line2D([], [], linestyle="none", marker="o", color=GREY, label=label, **form)
 
-    entries = [dot("on the front", markersize=7), dot("dominated", markersize=7, mfc="white", mew=1.5)]
+    front = Line2D([], [], color=GREY, linewidth=1.2, marker="o", markersize=8, label="on the front")
+    entries = [front, dot("dominated", markersize=4, alpha=0.7)]
+    if any(map(is_suspect, found.eligible)):
+        entries.append(suspect_handle())
     if found.winner:
         entries.append(dot("winner", markersize=11, mfc="none", mec=INK, mew=1.4))
     quants = dict.fromkeys(one.result.cell.quant for one in found.eligible)
@@ -126,6 +133,11 @@ def _legend(found: Recommendation) -> list[Any]:
     if any(limit.measure in found.objectives for limit in found.limits):
         entries.append(Line2D([], [], color=RED, linestyle="--", linewidth=1.2, label="limit"))
     return entries
+
+
+def is_suspect(one: Candidate) -> bool:
+    """Return True if a candidate's verdict is suspect."""
+    return one.verdict.word == "suspect"
 
 
 def _place(one: Candidate, measure: Measure) -> float:

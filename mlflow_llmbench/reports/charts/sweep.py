@@ -11,7 +11,7 @@ import itertools
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...config.cells import NOT_IN_IDENTITY
 from ...records.cell import Cell, differing
@@ -19,18 +19,23 @@ from ...records.metric import Bars, interval_keys
 from ...records.metrics import KL, OUTPUT_RATE, WEIGHTS, by_name, shown_in
 from ...records.quantizations import COLOURS
 from .catalogue import Chart, Drawing
+from .placing import MOST_LABELS, draw_front, label_points
 from .style import (
     BROWN,
     CHARACTER,
     GREY,
+    HATCH,
     HEIGHT,
     INK,
     MARKERS,
     WIDEST,
     WIDTH,
     drawn_name,
+    hollow,
     new_figure,
     put_legend,
+    suspect_handle,
+    suspect_patch,
     value_label,
 )
 
@@ -39,7 +44,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-Points = Sequence[tuple[Cell, Mapping[str, float]]]
+class SweepPoint(NamedTuple):
+    """A measured cell with its summary metrics, and whether it is suspect."""
+
+    cell: Cell
+    metrics: Mapping[str, float]
+    suspect: bool = False
+
+
+Points = Sequence[SweepPoint]
 Panels = Sequence[tuple[str, str, str]]  # model or "" for all, metric, heading
 
 DESCRIBED = ("quant", "batch_size", "concurrency", "request_rate", "prompt_tokens", "output_tokens", "workload")
@@ -48,7 +61,6 @@ DESCRIBED = ("quant", "batch_size", "concurrency", "request_rate", "prompt_token
 BARS = {entry.key: entry for entry in shown_in(Bars)}
 """Metric → its chart. A chart draws the first of its metrics that any cell has."""
 
-MOST_LABELS = 16  # points with their value; more would cover each other
 FEW_CELLS = "it needs two cells that have its metric"
 
 
@@ -69,13 +81,13 @@ def _metric_keys(points: Points) -> dict[str, str]:
     if _is_single(points):
         return keys
     for entry in BARS.values():
-        if any(metrics.get(entry.key) for _, metrics in points):
+        if any(metrics.get(entry.key) for _, metrics, _ in points):
             keys.setdefault(entry.name, entry.key)
     return keys
 
 
 def _is_single(points: Points) -> bool:
-    return len({cell for cell, _ in points}) < 2
+    return len({cell for cell, *_ in points}) < 2
 
 
 def _overview(sweep: SweepPoints) -> Drawing:
@@ -95,7 +107,7 @@ def _bars(name: str) -> Callable[[SweepPoints], Drawing]:
 
 def _quality(sweep: SweepPoints) -> Drawing:
     """Draw the divergence from the unquantized model against throughput."""
-    scored = [(cell, metrics) for cell, metrics in sweep.points if {KL.key(), OUTPUT_RATE.key()} <= metrics.keys()]
+    scored = [point for point in sweep.points if {KL.key(), OUTPUT_RATE.key()} <= point.metrics.keys()]
     return FEW_CELLS if _is_single(scored) else quality_figure(scored)
 
 
@@ -127,11 +139,11 @@ class Grid:
     names: list[str]  # the parameters whose values make a group
     groups: list[tuple[Any, ...]]
     quants: list[str]
-    cells: Mapping[tuple[str, tuple[Any, ...], str], Mapping[str, float]]
+    cells: Mapping[tuple[str, tuple[Any, ...], str], SweepPoint]
 
 
 def _arrange(points: Points, one_panel: bool) -> Grid:
-    cells = [cell for cell, _ in points]
+    cells = [cell for cell, *_ in points]
     seen = {f.name: list(dict.fromkeys(getattr(cell, f.name) for cell in cells)) for f in dataclasses.fields(Cell)}
     names = [name for name in differing(cells, NOT_IN_IDENTITY) if name != "quant"]
     split = len(names) > 1 and "model" in names and not one_panel
@@ -139,8 +151,8 @@ def _arrange(points: Points, one_panel: bool) -> Grid:
     for name in names:  # numbers by size, None last; words in their given order
         seen[name].sort(key=lambda value: (value is None, 0 if value is None or isinstance(value, str) else value))
     placed = {
-        (cell.model if split else "", tuple(getattr(cell, name) for name in names), cell.quant): metrics
-        for cell, metrics in points
+        (point.cell.model if split else "", tuple(getattr(point.cell, name) for name in names), point.cell.quant): point
+        for point in points
     }
     groups = sorted(
         {g for _, g, _ in placed}, key=lambda g: [seen[name].index(value) for name, value in zip(names, g, strict=True)]
@@ -153,7 +165,7 @@ def metric_figure(points: Points, key: str) -> Figure:
     """Draw one metric, one panel per model. All share one y scale, unless small values would vanish on it."""
     grid = _arrange(points, one_panel=False)
     notes = [f"{BARS[key].metric.better} is better", "median" if key.endswith("_p50") else ""]
-    notes.append("line: 95 % interval" if any(interval_keys(key)[0] in metrics for _, metrics in points) else "")
+    notes.append("line: 95 % interval" if any(interval_keys(key)[0] in metrics for _, metrics, _ in points) else "")
     figure = _bars_figure(
         points, grid, BARS[key].words, notes, [(panel, key, drawn_name(panel)) for panel in grid.panels], 3, WIDTH
     )
@@ -173,7 +185,7 @@ def quality_figure(points: Points) -> Figure:
     """Draw quality loss by quantization against speed: one point per cell, with both 95 % intervals."""
     from matplotlib.lines import Line2D
 
-    cells = [cell for cell, _ in points]
+    cells = [cell for cell, *_ in points]
     varied = differing(cells, NOT_IN_IDENTITY)
     models, quants = ([*dict.fromkeys(getattr(cell, name) for cell in cells)] for name in ("model", "quant"))
     other = [name for name in varied if name not in ("model", "quant")]
@@ -185,9 +197,12 @@ def quality_figure(points: Points) -> Figure:
     notes += [f"in brackets: {', '.join(other).replace('_', ' ')}"] if other else []
     title = f"{drawn_name(models[0]) if len(models) == 1 else f'{len(models)} models'} · quality against speed"
     figure, (axes,) = new_figure(title, " · ".join(filter(None, notes)))
-    for cell, metrics in points:
+    quants.sort(key=lambda quant: [*COLOURS].index(quant) if quant in COLOURS else len(COLOURS))
+    labels = []
+    for cell, metrics, suspect in points:
         x, y, colour = metrics[OUTPUT_RATE.key()], metrics[KL.key()], COLOURS.get(cell.quant, BROWN)
-        axes.plot([x], [y], MARKERS[models.index(cell.model) % len(MARKERS)], color=colour, markersize=7, zorder=3)
+        marker = MARKERS[models.index(cell.model) % len(MARKERS)]
+        axes.plot([x], [y], marker, color=colour, markersize=7, zorder=3, **(hollow(colour) if suspect else {}))
         axes.hlines(
             y,
             metrics.get(OUTPUT_RATE.key("ci_low"), x),
@@ -197,13 +212,8 @@ def quality_figure(points: Points) -> Figure:
         )
         low, high = metrics.get(KL.key("ci_low"), y), metrics.get(KL.key("ci_high"), y)
         axes.vlines(x, low, high, color=colour, linewidth=1.2)
-        if len(points) <= MOST_LABELS:
-            settings = " ".join(drawn_name(getattr(cell, name)) for name in other)
-            # Points that lie close mostly differ in their quantization: alternate the labels by it.
-            shift = -11 if quants.index(cell.quant) % 2 else 4
-            axes.annotate(
-                f"{y:.2g} {f'({settings})' if settings else ''}", (x, y), (6, shift), textcoords="offset points", size=8
-            )
+        settings = " ".join(drawn_name(getattr(cell, name)) for name in other)
+        labels.append((x, y, f"{y:.2g} {f'({settings})' if settings else ''}".strip()))
     top = max(axes.dataLim.y1, 1e-6)
     axes.set(xlim=(0, 1.12 * axes.dataLim.x1), ylim=(-0.05 * top, 1.12 * top))
     axes.set(xlabel="Throughput (output tokens/s)", ylabel="KL divergence from unquantized (nats)")
@@ -214,7 +224,12 @@ def quality_figure(points: Points) -> Figure:
     handles += [
         Line2D([], [], linestyle="", marker=marker, color=GREY, label=drawn_name(model)) for model, marker in shapes
     ]
+    if any(point.suspect for point in points):
+        handles.append(suspect_handle())
+    if len(points) > MOST_LABELS:
+        handles.append(draw_front(axes, [(x, y) for x, y, _ in labels], (1, -1)))
     put_legend(figure, handles)
+    label_points(axes, labels if len(points) <= MOST_LABELS else [])
     return figure
 
 
@@ -230,7 +245,7 @@ def _bars_figure(
     need = 0.8 + 0.14 * len(grid.groups) * (len(grid.quants) + 1)
     columns = next((c for c in range(min(most, len(drawn)), 1, -1) if c * need <= 1.1 * width), 1)
     rows, width = -(-len(drawn) // columns), min(max(width, columns * need), WIDEST)
-    cells = [cell for cell, _ in points]
+    cells = [cell for cell, *_ in points]
     models = list(dict.fromkeys(drawn_name(cell.model) for cell in cells))
     title = f"{', '.join(models) if len(models) < 3 else f'{len(models)} models'} · {topic}"
     constant = settings_text(
@@ -239,8 +254,12 @@ def _bars_figure(
     # Otherwise the ticks or the subtitle name the quantization.
     quants = grid.quants if len(grid.quants) > 1 and len(grid.groups) > 1 else []
     legend = [Patch(facecolor=COLOURS.get(quant, BROWN), label=quant) for quant in quants]
-    if any(key.endswith("_peak") for _, key, _ in drawn) and any(metrics.get(WEIGHTS.key()) for _, metrics in points):
+    if any(key.endswith("_peak") for _, key, _ in drawn) and any(
+        metrics.get(WEIGHTS.key()) for _, metrics, _ in points
+    ):
         legend.append(Patch(facecolor="#00000040", label="shaded: weights"))
+    if any(point.suspect for point in points):
+        legend.append(suspect_patch())
     size = width, HEIGHT if rows == 1 else 1 + 3 * rows
     figure, panels = new_figure(
         title, " · ".join(filter(None, [*notes, constant])), size, (rows, columns), bool(legend)
@@ -268,11 +287,13 @@ def _draw_bars(axes: Axes, grid: Grid, panel: str, key: str, inches: float) -> N
     places = {(group, quant): g + (q - (count - 1) / 2) * pitch for (g, group), (q, quant) in bars}
     labels: list[tuple[float, float, str]] = []
     for (group, quant), x in places.items():
-        metrics = grid.cells.get((panel, group, quant), {})
-        if (value := metrics.get(key)) is None:
+        point = grid.cells.get((panel, group, quant))
+        if point is None or (value := point.metrics.get(key)) is None:
             labels.append((x, 0.0, "–"))
             continue
-        axes.bar(x, value * scale, 0.92 * pitch, color=COLOURS.get(quant, BROWN))
+        metrics = point.metrics
+        looks: Any = {"hatch": HATCH, "edgecolor": "white", "linewidth": 0} if point.suspect else {}
+        axes.bar(x, value * scale, 0.92 * pitch, color=COLOURS.get(quant, BROWN), **looks)
         if key.endswith("_peak") and WEIGHTS.key() in metrics:
             axes.bar(x, metrics[WEIGHTS.key()] * scale, 0.92 * pitch, color="black", alpha=0.25)
         low, high = (metrics.get(end, value) for end in interval_keys(key))

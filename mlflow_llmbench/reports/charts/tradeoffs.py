@@ -20,7 +20,20 @@ from ...records.metrics import ENERGY, TOP1
 from ...records.quantizations import COLOURS
 from .catalogue import Chart, Drawing
 from .figure_data import FigureData
-from .style import BLUE, BROWN, GREY, INK, WIDTH, new_figure, put_legend, value_label
+from .style import (
+    BLUE,
+    BROWN,
+    GREY,
+    HATCH,
+    INK,
+    WIDTH,
+    hollow,
+    new_figure,
+    put_legend,
+    suspect_handle,
+    suspect_patch,
+    value_label,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,7 +59,8 @@ SPOKES = (
 def _quantization(data: FigureData) -> Drawing:
     """Draw the throughput of each quantized cell ÷ that of its reference, one panel per model, one row per shape."""
     found, names = data.found, data.names
-    own = [e for e in found.effects if e.measured.result.hashes.config in names]
+    here = {id(m) for m in data.cells}
+    own = [e for e in found.effects if id(e.measured) in here]
     if not own:
         return "no quantized cell was measured together with a reference that differs only in quantization"
     by_size = sorted(own, key=lambda e: e.measured.variable("parameters") or 0.0)
@@ -75,11 +89,18 @@ def _quantization(data: FigureData) -> Drawing:
         axes.set_xlabel("Throughput ÷ reference" if number + columns >= len(models) else "")
     for axes in panels[len(models) :]:
         axes.remove()
-    top = max(1.1, *(axes.get_xlim()[1] for axes in panels[: len(models)]))
+    top = _ratio_limit([e.speed for e in own if _shape(e.measured) in kept])
     for axes in panels[: len(models)]:
         axes.set_xlim(0, top)
-    put_legend(figure, _handles(panels[: len(models)]))
+    doubtful = [suspect_handle()] if any(e.is_suspect and _shape(e.measured) in kept for e in own) else []
+    put_legend(figure, [*_handles(panels[: len(models)]), *doubtful])
     return figure
+
+
+def _ratio_limit(ratios: Sequence[Ratio]) -> float:
+    """Return the end of an axis of ratios from 0: an interval that goes twice as far as all ratios is cut off."""
+    most = max([1.0, *(one.value for one in ratios)])
+    return 1.06 * max([most, *(min(one.high, 2 * most) for one in ratios if one.high is not None)])
 
 
 def _handles(panels: Sequence[Axes]) -> list[Any]:
@@ -94,12 +115,14 @@ def _shape(measured: Measured) -> tuple[float, int]:
 
 def _draw_ratios(axes: Axes, own: Sequence[QuantEffect], shapes: Sequence[tuple[float, int]]) -> None:
     quants = [quant for quant in COLOURS if any(e.quant == quant for e in own)]
-    drawn: dict[str, list[tuple[float, Ratio]]] = {}
+    drawn: dict[str, list[tuple[float, Ratio, bool]]] = {}
     for effect in own:
         if _shape(effect.measured) not in shapes:
             continue
         shift = 0.22 * (quants.index(effect.quant) - (len(quants) - 1) / 2) if effect.quant in quants else 0.0
-        drawn.setdefault(effect.quant, []).append((shapes.index(_shape(effect.measured)) - shift, effect.speed))
+        drawn.setdefault(effect.quant, []).append(
+            (shapes.index(_shape(effect.measured)) - shift, effect.speed, effect.is_suspect)
+        )
     for quant, ratios in drawn.items():
         _draw_ratio(axes, ratios, COLOURS.get(quant, BROWN), quant)
     axes.axvline(1.0, color=INK, linewidth=1.0, zorder=1)
@@ -111,13 +134,16 @@ def _draw_ratios(axes: Axes, own: Sequence[QuantEffect], shapes: Sequence[tuple[
     axes.grid(visible=True, axis="x")
 
 
-def _draw_ratio(axes: Axes, ratios: Sequence[tuple[float, Ratio]], colour: str, label: str) -> None:
-    """Draw ratios, each at its height, with their intervals."""
-    ends = [(y, one.low, one.high) for y, one in ratios if one.low is not None and one.high is not None]
+def _draw_ratio(axes: Axes, ratios: Sequence[tuple[float, Ratio, bool]], colour: str, label: str) -> None:
+    """Draw ratios, each at its height, with their intervals; hollow where one of the two cells is suspect."""
+    ends = [(y, one.low, one.high) for y, one, _ in ratios if one.low is not None and one.high is not None]
     if ends:
         axes.hlines(*zip(*ends, strict=True), color=colour, linewidth=1.3)
-    places, values = [y for y, _ in ratios], [one.value for _, one in ratios]
+    places, values = [y for y, *_ in ratios], [one.value for _, one, _ in ratios]
     axes.plot(values, places, "o", color=colour, markersize=4.5, label=label, zorder=3)
+    doubtful = [(one.value, y) for y, one, suspect in ratios if suspect]
+    if doubtful:
+        axes.plot(*zip(*doubtful, strict=True), "o", markersize=4.5, zorder=4, **hollow(colour))
 
 
 def _radar(data: FigureData) -> Drawing:
@@ -161,7 +187,8 @@ def _radar(data: FigureData) -> Drawing:
         axes.set_title(textwrap.shorten(name, 40, placeholder="…"), pad=16)
     for axes in panels[len(groups) :]:
         axes.remove()
-    put_legend(figure, _handles(panels[: len(groups)]))
+    doubtful = [suspect_handle()] if any(m.is_suspect for cells in groups.values() for m in cells) else []
+    put_legend(figure, [*_handles(panels[: len(groups)]), *doubtful])
     return figure
 
 
@@ -211,6 +238,8 @@ def _draw_radar(axes: Axes, cells: Sequence[Measured]) -> None:
             markersize=3.5,
             label=measured.cell.quant,
         )
+        if measured.is_suspect:
+            axes.plot(angles, values, "o", markersize=3.5, **hollow(colour))
         axes.fill(angles, values, color=colour, alpha=0.08)
     axes.set(ylim=(0, 1.05), yticks=(0.25, 0.5, 0.75, 1.0))
     axes.set_yticklabels(("", "0.5", "", "1"), size=7, color=GREY)
@@ -241,14 +270,17 @@ def _cost(data: FigureData) -> Drawing:
     if not best:
         return "no price was given; give --price with money per hour"
     rows = sorted(best.items(), key=lambda row: row[1].metrics[RATE] / (prices[row[0][0]].price or 1.0))[-MOST_ROWS:]
-    subtitle = "the best batch size of each, in brackets · lines: 95 % intervals"
-    figure, (axes,) = new_figure(
-        "Tokens per unit of money, by hardware", subtitle, (WIDTH + 2, 1.5 + 0.32 * len(rows)), legend=False
-    )
+    told = "; ".join(f"{m.name}: {m.price:g} per hour" for m in prices.values())
+    subtitle = f"the best batch size of each, in brackets · lines: 95 % intervals · {told}"
+    doubtful = [suspect_patch()] if any(m.is_suspect for _, m in rows) else []
+    size = WIDTH + 2, 1.5 + 0.32 * len(rows)
+    figure, (axes,) = new_figure("Tokens per unit of money, by hardware", subtitle, size, legend=bool(doubtful))
+    put_legend(figure, doubtful)
     for y, ((env, _, quant), measured) in enumerate(rows):
         scale = 3600e-6 / (prices[env].price or 1.0)
         value, low, high = with_interval(measured, RATE, scale) or (0.0, 0.0, 0.0)
-        axes.barh(y, value, 0.7, color=COLOURS.get(quant, BROWN))
+        looks: Any = {"hatch": HATCH, "edgecolor": "white", "linewidth": 0} if measured.is_suspect else {}
+        axes.barh(y, value, 0.7, color=COLOURS.get(quant, BROWN), **looks)
         axes.hlines(y, low, high, color=INK, linewidth=1.2)
         axes.annotate(
             value_label(value), (max(value, high), y), (4, 0), textcoords="offset points", va="center", size=8
@@ -259,11 +291,8 @@ def _cost(data: FigureData) -> Drawing:
         for (env, model, quant), m in rows
     ]
     axes.set(yticks=range(len(rows)), yticklabels=[textwrap.shorten(text, 70, placeholder="…") for text in texts])
-    told = "; ".join(f"{m.name}: {m.price:g} per hour" for m in prices.values())
-    axes.set(
-        xlabel=f"Million output tokens per unit of money ({textwrap.shorten(told, 110, placeholder='…')})",
-        xlim=(0, axes.dataLim.x1 * 1.14),
-    )
+    axes.set(xlabel="Million output tokens per unit of money", xlim=(0, axes.dataLim.x1 * 1.14))
+    axes.set_ylim(-0.7, len(rows) - 0.3)
     axes.grid(visible=True, axis="x")
     axes.grid(visible=False, axis="y")
     return figure
@@ -287,16 +316,21 @@ def _machines(data: FigureData) -> Drawing:
     others = list(dict.fromkeys(one.second for one in shown))
     colours = (BLUE, "#d9820f", "#2e8b57", "#c0392b", "#8e44ad")
     for y, one in enumerate(reversed(shown)):
-        _draw_ratio(axes, [(y, one.speed)], colours[others.index(one.second) % len(colours)], one.second)
+        _draw_ratio(axes, [(y, one.speed, one.suspect)], colours[others.index(one.second) % len(colours)], one.second)
     axes.axvline(1.0, color=INK, linewidth=1.0, zorder=1)
     axes.set(
         yticks=range(len(shown)),
         yticklabels=[textwrap.shorten(one.name, 80, placeholder="…") for one in reversed(shown)],
     )
-    axes.set(xlabel="Throughput ÷ reference", xlim=(0, axes.dataLim.x1 * 1.1))
+    axes.set(
+        xlabel="Throughput ÷ reference",
+        xlim=(0, _ratio_limit([one.speed for one in shown])),
+        ylim=(-0.7, len(shown) - 0.3),
+    )
     axes.grid(visible=True, axis="x")
     handles = {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    put_legend(figure, list(handles.values()))
+    doubtful = [suspect_handle()] if any(one.suspect for one in shown) else []
+    put_legend(figure, [*handles.values(), *doubtful])
     return figure
 
 
@@ -306,6 +340,7 @@ CHARTS = (
         "study",
         _quantization,
         "Each quantization against the reference that differs only in quantization.",
+        (13,),
     ),
     Chart(
         "quantization_radar",
@@ -314,7 +349,8 @@ CHARTS = (
         "Trade-offs of each quantization. Throughput is divided by the highest of the model; the lowest time, memory "
         "or energy is divided by each; quality is the share of positions with the unquantized model's most probable "
         "token. 1 is best on every axis.",
+        (14,),
     ),
-    Chart("cost_by_hardware", "study", _cost, "Output tokens per unit of money at the given prices."),
+    Chart("cost_by_hardware", "study", _cost, "Output tokens per unit of money at the given prices.", (16,)),
     Chart("machines", "study", _machines, "The same configurations on other machines."),
 )

@@ -420,7 +420,12 @@ def test_every_figure_is_drawn_or_its_reason_is_told(found: Findings, tmp_path: 
     assert "Cost by hardware: no price was given; give --price with money per hour." in text
     assert "Quality against speed: it needs two cells" in text
     told = json.loads((tmp_path / "study/study.json").read_text())
-    assert {one["figure"] for one in told["not_drawn"]} == {"quality_against_speed", "cost_by_hardware", "machines"}
+    assert {one["figure"] for one in told["not_drawn"]} == {
+        "quality_against_speed",
+        "cost_by_hardware",
+        "machines",
+        "by_hardware",
+    }
     assert [one["verdict"] for one in told["claims"]] == [one.verdict for one in found.claims]
     html = page.read_text()
     assert not re.findall(r'(?:src|href)="(?!data:|#)', html)

@@ -24,7 +24,7 @@ from mlflow_llmbench.records.results import (
 from mlflow_llmbench.reports.charts import result as result_charts
 from mlflow_llmbench.reports.charts import style, sweep
 from mlflow_llmbench.reports.charts.catalogue import draw_charts
-from mlflow_llmbench.reports.charts.sweep import Points, SweepPoints
+from mlflow_llmbench.reports.charts.sweep import Points, SweepPoint, SweepPoints
 from mlflow_llmbench.stats import percentile
 
 MS = 1_000_000  # ns
@@ -66,7 +66,7 @@ def noisy(tokens: int, repetitions: int) -> list[list[float]]:
 
 def points_of(
     quants: Sequence[str] = ("fp32", "int8"), batches: Sequence[int] = (4, 1), models: Sequence[str] = ("opt-125m",)
-) -> list[tuple[Cell, dict[str, float]]]:
+) -> list[SweepPoint]:
     """Cells whose throughput is 10 · (position of the quantization + 1) · batch · (position of the model + 1)."""
     found = []
     for m, model in enumerate(models):
@@ -82,7 +82,7 @@ def points_of(
                     "memory/host_needed_gb_peak": 2 / (q + 1),
                     "memory/weight_gb": 1 / (q + 1),
                 }
-                found.append((Cell(model=model, quant=quant, batch_size=batch), metrics))
+                found.append(SweepPoint(Cell(model=model, quant=quant, batch_size=batch), metrics))
     return found
 
 
@@ -292,7 +292,8 @@ def test_bars_stand_by_batch_size_and_quantization() -> None:
 def test_of_a_server_the_load_is_told_and_no_batch(axis: str, values: tuple[Any, ...], told: str) -> None:
     cell = Cell(backend="openai", url="http://127.0.0.1:1", model="m", concurrency=4, prompt_tokens=16)
     points = [
-        (dataclasses.replace(cell, **{axis: value}), {"throughput/output_tokens_per_s": 10.0}) for value in values
+        SweepPoint(dataclasses.replace(cell, **{axis: value}), {"throughput/output_tokens_per_s": 10.0})
+        for value in values
     ]
     figure = sweep.metric_figure(points, "throughput/output_tokens_per_s")
     constant = "" if axis == "prompt_tokens" else "16 prompt tokens · "
@@ -303,7 +304,8 @@ def test_of_a_server_the_load_is_told_and_no_batch(axis: str, values: tuple[Any,
 
 def test_a_backend_that_the_quantization_tells_makes_no_groups() -> None:
     points = [
-        (Cell(quant=quant, backend=backend), {"throughput/output_tokens_per_s": 10.0}) for quant, backend in PACKED
+        SweepPoint(Cell(quant=quant, backend=backend), {"throughput/output_tokens_per_s": 10.0})
+        for quant, backend in PACKED
     ]
     (axes,) = axes_of(sweep.metric_figure(points, "throughput/output_tokens_per_s"))
     assert heights(axes) == [10, 10, 10]
@@ -316,7 +318,7 @@ PACKED = (("bf16", "transformers"), ("q4_k_m", "llama_cpp"), ("q8_0", "llama_cpp
 def test_quality_is_set_against_speed_with_both_intervals(tmp_path: Path) -> None:
     kl = {"fp32": 0.0, "int8": 0.25}
     points = [
-        (
+        SweepPoint(
             cell,
             {
                 **metrics,
@@ -325,7 +327,7 @@ def test_quality_is_set_against_speed_with_both_intervals(tmp_path: Path) -> Non
                 "quality/kl_vs_reference_ci_high": 0.5,
             },
         )
-        for cell, metrics in points_of()
+        for cell, metrics, _ in points_of()
     ]
     check_files(draw_sweep(points, tmp_path), tmp_path, ("overview", "throughput", "ttft", "itl", "memory", "quality"))
     (axes,) = axes_of(sweep.quality_figure(points))
@@ -343,8 +345,8 @@ def test_quality_is_set_against_speed_with_both_intervals(tmp_path: Path) -> Non
 
 
 def test_without_two_cells_of_known_quality_there_is_no_such_chart(tmp_path: Path) -> None:
-    (first, metrics), *others = points_of()
-    points = [(first, {**metrics, "quality/kl_vs_reference": 0.1}), *others]
+    first, *others = points_of()
+    points = [first._replace(metrics={**first.metrics, "quality/kl_vs_reference": 0.1}), *others]
     assert not [path for path in draw_sweep(points, tmp_path) if path.stem == "quality"]
 
 
@@ -371,7 +373,9 @@ def test_models_are_groups_where_only_the_quantization_varies_besides() -> None:
 
 def test_other_parameters_make_combinations() -> None:
     points = [
-        (dataclasses.replace(cell, threads=threads), metrics) for cell, metrics in points_of() for threads in (None, 2)
+        point._replace(cell=dataclasses.replace(point.cell, threads=threads))
+        for point in points_of()
+        for threads in (None, 2)
     ]
     (axes,) = axes_of(sweep.metric_figure(points, "latency/ttft_ms_p50"))
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1\n2", "1\nauto", "4\n2", "4\nauto"]
@@ -381,13 +385,15 @@ def test_other_parameters_make_combinations() -> None:
 def test_a_sweep_of_one_cell_or_none_has_no_charts(tmp_path: Path) -> None:
     assert draw_sweep([], tmp_path) == []
     assert draw_sweep(points_of(("int8",), (1,)), tmp_path) == []
-    assert draw_sweep([(cell, {}) for cell, _ in points_of()], tmp_path) == []
+    assert draw_sweep([point._replace(metrics={}) for point in points_of()], tmp_path) == []
 
 
 def test_metrics_that_no_cell_has_are_left_out(tmp_path: Path) -> None:
-    points = points_of()
-    for _, metrics in points:
-        del metrics["latency/itl_ms_p50"], metrics["memory/host_needed_gb_peak"]
+    left_out = ("latency/itl_ms_p50", "memory/host_needed_gb_peak")
+    points = [
+        point._replace(metrics={key: value for key, value in point.metrics.items() if key not in left_out})
+        for point in points_of()
+    ]
     check_files(draw_sweep(points, tmp_path), tmp_path, ("overview", "throughput", "ttft", "memory"))
     assert "Weights (GB)" in texts(tmp_path / "memory.svg")
 
@@ -418,7 +424,8 @@ def test_pyplot_is_never_imported(tmp_path: Path) -> None:
         "import sys; from pathlib import Path; from mlflow_llmbench.reports.charts import catalogue, sweep;"
         "assert 'matplotlib' not in sys.modules;"
         "from mlflow_llmbench.records.cell import Cell; k = 'latency/itl_ms_p50';"
-        "points = sweep.SweepPoints([(Cell(), {k: 1.0}), (Cell(quant='int8'), {k: 2.0})], 0.9);"
+        "one = sweep.SweepPoint(Cell(), {k: 1.0}); two = sweep.SweepPoint(Cell(quant='int8'), {k: 2.0});"
+        "points = sweep.SweepPoints([one, two], 0.9);"
         "catalogue.draw_charts('sweep', points, Path(sys.argv[1]));"
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
