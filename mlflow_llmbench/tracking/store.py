@@ -87,10 +87,23 @@ def open_store(
         return Store(client, address, str(found.experiment_id), given)
 
 
+def open_store_if_any(uri: str | None = None, experiment: str | None = None, own: str | None = None) -> Store | None:
+    """Connect like `open_store`. Return None if no address is given and MLflow's own default is no database yet.
+
+    It is for commands that read their results from files, and makes no database.
+    """
+    return None if uri is None and _lacks_database(address_of()) else open_store(uri, experiment, own, reads=True)
+
+
+def _lacks_database(address: str) -> bool:
+    """Return True for the address of a SQLite database that does not exist."""
+    path = address.partition("?")[0].removeprefix("sqlite:///")
+    return address.startswith("sqlite:///") and path not in ("", ":memory:") and not os.path.exists(path)
+
+
 def _require_database(address: str) -> None:
     """Raise TrackingError for the address of a SQLite database that does not exist."""
-    path = address.partition("?")[0].removeprefix("sqlite:///")
-    if address.startswith("sqlite:///") and path not in ("", ":memory:") and not os.path.exists(path):
+    if _lacks_database(address):
         raise TrackingError(
             f"There is no MLflow store at {address}. Check --tracking-uri, or measure first: "
             f"`{command_text('quickstart')}`."

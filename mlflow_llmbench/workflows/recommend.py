@@ -20,7 +20,7 @@ from ..reports.tables import Table
 from ..system import calibrations
 from ..tracking import registry
 from ..tracking.load_results import Given, load_all
-from ..tracking.store import Store, open_store
+from ..tracking.store import Store, address_of, open_store_if_any
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -31,7 +31,7 @@ class Recommended:
     """Result of `recommend`: the recommendation, the sweep that it belongs to, and the run that holds it.
 
     The sweep is the winner's, else that of the first result. `run_id` is None if the store (`store_uri`) has no run of
-    the sweep. `given_uri` is the store's address as the caller gave it. `refusal`: why the winner cannot be registered,
+    the sweep, or does not exist. `given_uri` is the store's address as the caller gave it. `refusal`: why the winner cannot be registered,
     None if it can be or there is none. `kept`: there is no winner, and the run keeps an earlier recommendation that
     has one.
     """
@@ -108,7 +108,9 @@ def recommend(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(output or scratch)
         artifacts.write_recommendation(found, folder)
-        store = open_store(tracking_uri, own=own, reads=tracking_uri is not None)
+        store = open_store_if_any(tracking_uri, own=own)
+        if store is None:
+            return Recommended(found, sweep, None, address_of(), refusal=_refusal(None, found))
         parent = registry.parent_of_sweep(store, sweep)
         kept = found.winner is None and parent is not None and registry.has_winner(store, parent)
         for run_id in dict.fromkeys(filter(None, (None if kept else parent, store.given_run_id))):
@@ -118,10 +120,12 @@ def recommend(
     return Recommended(found, sweep, parent, store.uri, tracking_uri, _refusal(store, found), kept)
 
 
-def _refusal(store: Store, found: Recommendation) -> str | None:
+def _refusal(store: Store | None, found: Recommendation) -> str | None:
     """Return why `register` would refuse the winner; None if it would not, or there is no winner."""
     if found.winner is None:
         return None
+    if store is None:
+        return f"There is no store with a run of {found.winner.name}."
     result = found.winner.result
     run_id = registry.run_of(store, result.sweep, result.hashes.config)
     if run_id is None:

@@ -33,7 +33,7 @@ from ..system import calibrations
 from ..tracking import registry, runs
 from ..tracking.latest import resolve
 from ..tracking.load_results import load_results
-from ..tracking.store import open_store
+from ..tracking.store import open_store, open_store_if_any
 
 PERMISSIONS = ("trust_remote_code", "allow_pickle")
 """Parameters that allow code or pickles to be loaded. They are not taken over from a run and must be given again."""
@@ -79,7 +79,8 @@ def find_original(reference: str | os.PathLike[str], tracking_uri: str | None = 
             f"{reference} has {len(results)} cells, but only one can be measured again at a time. "
             "Give the run of one cell."
         )
-    run_id = registry.run_behind(open_store(tracking_uri), reference, results[0])
+    store = open_store_if_any(tracking_uri)
+    run_id = store and registry.run_behind(store, reference, results[0])
     return Original(results[0], run_id, f"run {run_id}" if run_id else reference)
 
 

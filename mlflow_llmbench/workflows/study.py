@@ -22,7 +22,7 @@ from ..system import calibrations, machine
 from ..tracking import registry, runs
 from ..tracking.load_results import Given, load_all, load_results
 from ..tracking.search import require_run
-from ..tracking.store import Store, open_store
+from ..tracking.store import Store, open_store, open_store_if_any
 from . import doctor
 
 HOURS_PER_YEAR = 24 * 365.25
@@ -52,7 +52,7 @@ def run_study(
     """
     check_share(share)
     if log:
-        require_run(open_store(tracking_uri, experiment), log.removeprefix("runs:/"))
+        require_run(open_store(tracking_uri, experiment, reads=True), log.removeprefix("runs:/"))
     others = load_all(of, tracking_uri)
     if parameters is None:
         if not others:
@@ -61,8 +61,8 @@ def run_study(
                 "or --of SWEEP."
             )
         found = _find(others, share, prices, accept_suspect)
-        store = open_store(tracking_uri, experiment, reads=tracking_uri is not None)
-        run_id = log.removeprefix("runs:/") if log else _parent(store, others)
+        store = open_store_if_any(tracking_uri, experiment)
+        run_id = log.removeprefix("runs:/") if log else store and _parent(store, others)
         return StudyResult(None, found, *_keep(found, output, store, run_id))
     asked = {"preset": PRESET, **parameters}
     _refuse_streams(asked)

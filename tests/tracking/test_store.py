@@ -14,6 +14,7 @@ from mlflow_llmbench.cli.main import main
 from mlflow_llmbench.records.errors import StoreAway, TrackingError
 from mlflow_llmbench.tracking.reach import AWAY, is_told, told_at_once
 from mlflow_llmbench.tracking.store import open_store
+from mlflow_llmbench.workflows.reproduce import find_original
 
 from ..results import made, write_sweep
 
@@ -130,6 +131,20 @@ def test_a_command_that_reads_makes_no_database(
     told = f"There is no MLflow store at {uri}. Check --tracking-uri, or measure first: `llmbench quickstart`."
     assert capsys.readouterr().err == f"llmbench: {told}\n"
     assert not (tmp_path / "none.db").exists()
+
+
+@pytest.mark.parametrize("arguments", ["recommend FOLDER", "compare FOLDER", "scaling FOLDER", "study --of FOLDER"])
+def test_a_command_over_files_makes_no_database_by_default(
+    arguments: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import mlflow
+
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    folder = write_sweep(tmp_path / "sweep", [made("int8"), made("int4")])
+    assert main([str(folder) if word == "FOLDER" else word for word in arguments.split()]) in (0, 1, 2)
+    assert "Traceback" not in capsys.readouterr().err
+    assert find_original(str(write_sweep(tmp_path / "one", [made()]))).run_id is None
+    assert not (tmp_path / "mlflow.db").exists()
 
 
 def test_what_was_told_is_known_within_the_command_only() -> None:
