@@ -17,13 +17,13 @@ import click
 from click.shell_completion import shell_complete
 
 from ..records.errors import LlmbenchError
-from ..records.invocation import PROGRAM, begun_folders, called_as, invocation_of
+from ..records.invocation import PROGRAM, begun_folders, called_as, invocation_of, note_store
 from ..records.redaction import Terminal
 from ..system.python_command import forget_working_directory
 from . import comparison, decisions, inspection, measure, parser
 from .completion import VARIABLE
 from .interruption import interruptible
-from .options import entry_points
+from .options import EXPERIMENT, TRACKING_URI, entry_points, store_options
 from .parser import Call, Program
 
 GROUPS = {
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
         interruptible(),
         contextlib.redirect_stdout(cast(TextIO, Terminal(sys.stdout))),
         contextlib.redirect_stderr(cast(TextIO, Terminal(sys.stderr))),
-        called_as(invocation_of(program, entry_points(COMMANDS.values()))),
+        called_as(invocation_of(program, entry_points(COMMANDS.values()), store_options(COMMANDS.values()))),
     ):
         return _main(arguments, program)
 
@@ -67,6 +67,8 @@ def _main(arguments: Sequence[str] | None, program: str) -> int:
             return shell_complete(Program(GROUPS), {}, PROGRAM, VARIABLE, instruction)
         call = parse(sys.argv[1:] if arguments is None else arguments, program)
         failure_code = call.command.failure_code
+        given = {option.argument: call.values.get(option.argument) for option in (TRACKING_URI, EXPERIMENT)}
+        note_store({name: str(value) for name, value in given.items() if value})
         with _told_at_once(call):
             return call.run()
     except click.exceptions.Exit as done:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import Field, dataclass
 from typing import Any, Literal
 
@@ -186,6 +186,12 @@ def entry_points(commands: Iterable[Command]) -> Mapping[str, EntryPoint]:
         for command in commands
         if command.entry_point
     }
+
+
+def store_options(commands: Iterable[Command]) -> Mapping[str, Set[str]]:
+    """Return the options of each command that say which store and experiment it uses."""
+    chosen = {option.argument for option in (TRACKING_URI, EXPERIMENT)}
+    return {command.name: chosen & {option.argument for option in command.options} for command in commands}
 
 
 def parameter_options(names: Iterable[str], lists: bool = True) -> tuple[Option, ...]:

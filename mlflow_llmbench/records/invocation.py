@@ -14,7 +14,7 @@ import contextvars
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,18 +42,23 @@ class Invocation:
     """The program as the user called it. Under `mlflow run`, `project` is the project's address, else None.
 
     `entry_points` maps a command to its entry point; the other commands have none and are called as `program`.
+    `store_options` maps a command to those of its options that say which store and experiment it uses; `store` has the
+    values that the user gave for them, which a command in a message needs as well.
     """
 
     program: str = PROGRAM
     project: str | None = None
     entry_points: Mapping[str, EntryPoint] = field(default_factory=dict)
+    store_options: Mapping[str, Set[str]] = field(default_factory=dict)
+    store: dict[str, str] = field(default_factory=dict)
     folders: list[str] = field(default_factory=list)  # of the sweeps that it has begun
 
     def command(self, name: str, positional: tuple[str, ...], options: Mapping[str, str]) -> str:
         """Return a command with its options, quoted for a shell."""
         entry = self.entry_points.get(name)
         if self.project is None or entry is None or len(positional) > len(entry.positional):
-            given = [part for key, value in options.items() for part in (option_name(key), value)]
+            here = {key: value for key, value in self.store.items() if key in self.store_options.get(name, ())}
+            given = [part for key, value in {**here, **options}.items() for part in (option_name(key), value)]
             return " ".join([self.program, name, *map(shlex.quote, [*positional, *given])])
         parameters = {**dict(zip(entry.positional, positional, strict=False)), **options}
         given = [part for key, value in parameters.items() for part in ("-P", f"{key}={value}")]
@@ -81,13 +86,21 @@ def called_as(invocation: Invocation) -> Iterator[None]:
         _current.reset(token)
 
 
-def invocation_of(program: str, entry_points: Mapping[str, EntryPoint]) -> Invocation:
+def invocation_of(
+    program: str, entry_points: Mapping[str, EntryPoint], store_options: Mapping[str, Set[str]] | None = None
+) -> Invocation:
     """Return the invocation of this process. MLflow sets MLFLOW_RUN_ID for the command of a project.
 
     `mlflow run` works in the project's folder, which is therefore the address that runs it again.
     """
     by_project = program == MODULE and "MLFLOW_RUN_ID" in os.environ and os.path.exists("MLproject")
-    return Invocation(program, os.getcwd() if by_project else None, entry_points)
+    return Invocation(program, os.getcwd() if by_project else None, entry_points, store_options or {})
+
+
+def note_store(given: Mapping[str, str]) -> None:
+    """Note the options by which the user chose a store and an experiment."""
+    if invocation := _current.get():
+        invocation.store.update(given)
 
 
 def note_folder(folder: Path) -> None:

@@ -264,8 +264,8 @@ def _hqq(name: str, bits: int, colour: str, packed_bits: float | None = None) ->
     }
     return Scheme(
         name, colour, bits, "", "half-quadratic quantization in groups of `group_size`, by HQQ's own layers", HQQ,
-        storage=Storage(packed, 32), loading=Loading(40, unquantized_first=True),  # ten tensors of float32 in its optimizer
-        layers=("HQQLinear",),
+        storage=Storage(packed, 32), layers=("HQQLinear",),
+        loading=Loading(40, unquantized_first=True),  # its optimizer holds ten tensors of float32
         held_bits=(float(bits), round(packed + 2.1, 1)),
         recipe={"linear": {"class": "hqq.core.quantize.HQQLinear", "quant_config": settings}},
     )  # fmt: skip

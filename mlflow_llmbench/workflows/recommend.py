@@ -31,9 +31,9 @@ class Recommended:
     """Result of `recommend`: the recommendation, the sweep that it belongs to, and the run that holds it.
 
     The sweep is the winner's, else that of the first result. `run_id` is None if the store (`store_uri`) has no run of
-    the sweep, or does not exist. `given_uri` is the store's address as the caller gave it. `refusal`: why the winner cannot be registered,
-    None if it can be or there is none. `kept`: there is no winner, and the run keeps an earlier recommendation that
-    has one.
+    the sweep, or does not exist. `given_uri` is the store's address as the caller gave it. `refusal`: why the winner
+    cannot be registered, None if it can be or there is none. `kept`: there is no winner, and the run keeps an earlier
+    recommendation that has one.
     """
 
     found: Recommendation

@@ -79,8 +79,8 @@ def find_original(reference: str | os.PathLike[str], tracking_uri: str | None = 
             f"{reference} has {len(results)} cells, but only one can be measured again at a time. "
             "Give the run of one cell."
         )
-    store = open_store_if_any(tracking_uri)
-    run_id = store and registry.run_behind(store, reference, results[0])
+    found = open_store_if_any(tracking_uri)
+    run_id = registry.run_behind(found, reference, results[0]) if found else None
     return Original(results[0], run_id, f"run {run_id}" if run_id else reference)
 
 

@@ -62,7 +62,7 @@ def run_study(
             )
         found = _find(others, share, prices, accept_suspect)
         store = open_store_if_any(tracking_uri, experiment)
-        run_id = log.removeprefix("runs:/") if log else store and _parent(store, others)
+        run_id = log.removeprefix("runs:/") if log else _parent(store, others) if store else None
         return StudyResult(None, found, *_keep(found, output, store, run_id))
     asked = {"preset": PRESET, **parameters}
     _refuse_streams(asked)

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from mlflow_llmbench.cli.main import COMMANDS, parse
-from mlflow_llmbench.cli.options import entry_points
+from mlflow_llmbench.cli.options import entry_points, store_options
 from mlflow_llmbench.records.invocation import (
     MODULE,
     PROGRAM,
@@ -19,6 +19,7 @@ from mlflow_llmbench.records.invocation import (
     called_as,
     command_text,
     invocation_of,
+    note_store,
     parameter_text,
 )
 
@@ -47,6 +48,23 @@ def test_the_same_command_for_each_way_of_calling() -> None:
         assert command_text("promote", "models:/bot/2") == "python -m mlflow_llmbench promote models:/bot/2"
         assert parameter_text("rerun", "true") == "-P rerun=true"
     assert parameter_text("rerun", "true") == "rerun=true"
+
+
+def test_a_command_in_a_message_uses_the_store_that_the_user_named() -> None:
+    invocation = Invocation(PROGRAM, None, ENTRY_POINTS, store_options(COMMANDS.values()))
+    with called_as(invocation):
+        note_store({"tracking_uri": "sqlite:///my runs.db", "experiment": "pilot"})
+        assert command_text("upload", "folder") == (
+            "llmbench upload folder --tracking-uri 'sqlite:///my runs.db' --experiment pilot"
+        )
+        assert command_text("promote", "models:/bot/2") == (  # it has no experiment
+            "llmbench promote models:/bot/2 --tracking-uri 'sqlite:///my runs.db'"
+        )
+        assert command_text("upload", "folder", tracking_uri="http://other", experiment="pilot") == (
+            "llmbench upload folder --tracking-uri http://other --experiment pilot"
+        )
+        assert command_text("models") == "llmbench models"
+    assert command_text("upload", "folder") == "llmbench upload folder"
 
 
 def test_mlflow_run_is_recognised_by_its_run(monkeypatch: pytest.MonkeyPatch) -> None:

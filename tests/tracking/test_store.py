@@ -128,7 +128,10 @@ def test_a_command_that_reads_makes_no_database(
     uri = f"sqlite:///{tmp_path}/none.db"
     words = [str(folder) if word == "FOLDER" else word for word in arguments.split()]
     assert main([*words, "--tracking-uri", uri]) in (1, 4)
-    told = f"There is no MLflow store at {uri}. Check --tracking-uri, or measure first: `llmbench quickstart`."
+    told = (
+        f"There is no MLflow store at {uri}. Check --tracking-uri, or measure first: "
+        f"`llmbench quickstart --tracking-uri {uri}`."
+    )
     assert capsys.readouterr().err == f"llmbench: {told}\n"
     assert not (tmp_path / "none.db").exists()
 
