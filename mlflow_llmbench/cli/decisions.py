@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..records.errors import UsageError
+from ..records.hardware import HARDWARE, Hardware, given_hardware, named_hardware
 from ..records.invocation import LATEST, command_text
 from ..records.redaction import redact
 from .options import (
@@ -20,9 +22,18 @@ from .options import (
     comma_list,
     command,
     output_dir,
+    parameter_options,
     permissions,
 )
 from .output import known, print_json, progress
+
+PREDICTED = tuple(
+    dataclasses.replace(option, help=option.help.partition(" (default:")[0], panel="")
+    for option in parameter_options(
+        ("model", "weights", "backend", "quant", "batch_size", "prompt_tokens", "output_tokens")
+    )
+)
+"""Parameters of a cell that `predict` takes. What is not given is as in the measured cells, like all others."""
 
 if TYPE_CHECKING:
     from ..analysis.decisions.recommend import Recommendation
@@ -284,7 +295,62 @@ def export(version: str, target: str, output: str | None, json: bool, tracking_u
     return 0
 
 
-COMMANDS = (recommend, register, gate, promote, export)
+@command(
+    "predict",
+    "predict what was not measured, here or on other hardware",
+    *PREDICTED,
+    Option("--of", "sweeps, runs or folders to predict from (default: latest sweep)", "LIST", optional=True),
+    Option(
+        "--hardware",
+        f"predict for this machine, by its nominal rates: {', '.join(HARDWARE)}",
+        "NAME",
+        optional=True,
+        words=tuple(HARDWARE),
+    ),
+    Option("--bandwidth", "of another machine: bytes read from its memory, in GB/s", "GB/s", optional=True),
+    Option("--flops", "its dense 16-bit operations, in TFLOP/s", "TFLOP/s", optional=True),
+    Option("--memory", "its memory", "SIZE", optional=True),
+    JSON,
+    TRACKING_URI,
+    EXPERIMENT,
+    description="From measured cells of one machine, by fitted laws and the roofline, with the leave-one-out error; "
+    "for other hardware, the bounds of its rates, or with --of at the share of them that was reached. Settings that "
+    "you leave out are those of most measured cells. Logs nothing.",
+    first="model quant batch_size of hardware",
+    examples=(
+        "predict --model opt-125m --quant bf16 --batch-size 8",
+        "predict --model llama-2-7b --quant fp16,int4 --batch-size 1,16 --hardware rtx-4090",
+    ),
+)
+def predict(
+    of: str | None, hardware: str | None, bandwidth: str | None, flops: str | None, memory: str | None, json: bool,
+    tracking_uri: str | None, experiment: str | None, **given: str | None,
+) -> int:  # fmt: skip
+    """Print the prediction."""
+    from ..reports.prediction import format_prediction, prediction_json
+    from ..workflows.predict import predict
+
+    device = _hardware(hardware, bandwidth, flops, memory)
+    references = [LATEST] if of is None and device is None else [*filter(None, (of or "").split(","))]
+    known_ones = known(references, tracking_uri, experiment)
+    found = predict(given, known_ones, device, tracking_uri=tracking_uri)
+    print(format_prediction(found))
+    if json:
+        print_json(prediction_json(found))
+    return 0
+
+
+COMMANDS = (recommend, register, gate, promote, export, predict)
+
+
+def _hardware(name: str | None, bandwidth: str | None, flops: str | None, memory: str | None) -> Hardware | None:
+    """Return the machine of these options, None if none is given. Raises UsageError."""
+    rates = [text for text in (bandwidth, flops, memory) if text is not None]
+    if name is None:
+        return given_hardware(bandwidth, flops, memory) if rates else None
+    if rates:
+        raise UsageError(f"--hardware {name} has rates of its own. Leave out --bandwidth, --flops and --memory.")
+    return named_hardware(name)
 
 
 def _pairs(text: str | None) -> int:

@@ -193,6 +193,16 @@ class Shape:
         linear = round(self.linear_parameters * storage.bytes_per_weight()) + storage.row_bytes * self.linear_rows
         return linear + (self.parameters - self.linear_parameters) * value_bytes
 
+    def step_bytes(self, quant: str = "none", dtype: str = "bfloat16") -> int:
+        """Bytes of the weights that a decode step reads: all but embeddings of which it looks up single rows.
+
+        A tied embedding is the output head too, so it is read. Raises ValueError as `weight_bytes` does.
+        """
+        looked_up = self.position_rows * self.hidden_size + (0 if self.tied else self.vocab_size * self.embedding_dim)
+        storage = SCHEMES[quant].storage
+        each = storage.bytes_per_weight() if storage and storage.everything else _value_bytes(quant, dtype)
+        return self.weight_bytes(quant, dtype) - round(looked_up * each)
+
     def flops_per_token(self, context: int) -> int:
         """Floating-point operations to process one token of one row that attends to `context` tokens.
 

@@ -97,15 +97,15 @@ class Fit:
         """Names of the parameters that the points do not bound on either side."""
         return [p.name for p in self.parameters if p.low is None and p.high is None]
 
-    def predict(self, *x: float) -> Prediction:
+    def predict(self, *x: float, beyond: bool = False) -> Prediction:
         """Predict the value at x with 95 % intervals (delta method; exact for a power law).
 
-        Raises OutOfRange outside the range of the data.
+        Raises OutOfRange outside the range of the data, unless `beyond` is set.
         """
         import numpy as np
 
         for value, (low, high) in zip(x, self.ranges, strict=True):
-            if not low <= value <= high:
+            if not beyond and not low <= value <= high:
                 raise OutOfRange(
                     f"{value:g} lies outside the measured range {low:g} to {high:g} of {self.form.formula}. "
                     "Measure there; a law is not extrapolated."
@@ -154,6 +154,28 @@ def fit(form: Form, x: Sequence[float] | Sequence[tuple[float, ...]], y: Sequenc
         aicc,
         _leave_one_out(form, points, logs, theta),
     )
+
+
+def left_out_error(
+    form: Form, x: Sequence[tuple[float, ...]], y: Sequence[float], groups: Sequence[object]
+) -> float | None:
+    """Typical relative error (root mean square of ln y − ln f) of each point, with f fitted to the other groups alone.
+
+    None if the others do not determine the curve, or if it has no positive value at a point that was left out.
+    """
+    import numpy as np
+
+    points, logs, errors = _columns(x), np.log(np.array(y, dtype=np.float64)), []
+    for group in dict.fromkeys(groups):
+        out = np.array([one == group for one in groups])
+        if len(np.unique(points[~out], axis=0)) < len(form.names):
+            return None
+        done = _search(form, points[~out], logs[~out])
+        there = form.value(done[0], points[out]) if done else np.zeros(1)
+        if not (np.isfinite(there).all() and (there > 0).all()):
+            return None
+        errors += list(logs[out] - np.log(there))
+    return math.sqrt(sum(float(error) ** 2 for error in errors) / len(errors))
 
 
 def _checked(form: Form, rows: Sequence[tuple[float, ...]], y: Sequence[float | None]) -> list[float]:
