@@ -69,8 +69,15 @@ def bandwidth(result: RunResult) -> float | None:
     return measured_bandwidth(result) if result.nominal_bandwidth is None else result.nominal_bandwidth
 
 
+def device_count(result: RunResult) -> int:
+    """Number of devices that run the model: GPUs; the processes of ranks on a CPU share one."""
+    return (result.load.devices if result.load else None) or 1
+
+
 def read_share(result: RunResult) -> float | None:
     """(weight bytes read per step + batch · KV bytes at the mean context) ÷ mean TPOT ÷ bandwidth, even if above 1.
+
+    Of several devices, the bytes that all of them read are divided by the bandwidth of all.
 
     After "LLM inference performance engineering" (Databricks 2023). If a step brings several tokens, its time replaces
     TPOT. None without a bandwidth, with fewer than two tokens, if the weights are under 4× the last-level cache, which
@@ -81,12 +88,13 @@ def read_share(result: RunResult) -> float | None:
     load, rate, step_ms = result.load, bandwidth(result), mean_step_ms(result)
     if load is None or not load.step_bytes or not rate or not step_ms or result.cell.assistant:
         return None
-    if load.step_bytes < CACHE_FACTOR * (load.cache_bytes or 0):
+    devices = device_count(result)
+    if load.step_bytes < CACHE_FACTOR * (load.cache_bytes or 0) * devices:
         return None
     read = load.step_bytes + result.cell.batch_size * (load.kv_bytes_per_token or 0) * attended(
         load, mean_context(result)
     )
-    return read / (step_ms / 1e3) / (rate * 1e9)
+    return read / (step_ms / 1e3) / (rate * 1e9 * devices)
 
 
 def model_bandwidth_utilization(result: RunResult) -> float | None:
@@ -116,8 +124,11 @@ def utilization_doubt(result: RunResult) -> str | None:
 def joules_per_token(result: RunResult) -> float | None:
     """Energy above idle ÷ output tokens, J: Σ (energy − idle power · time) ÷ Σ tokens.
 
-    None unless every repetition has a reading and the sum is above 0.
+    None unless every repetition has a reading and the sum is above 0. None for several devices: the counter is that of
+    the first one.
     """
+    if device_count(result) > 1:
+        return None
     noises = [r.noise for r in result.repetitions]
     if result.idle_w is None or not all(n and n.energy_j is not None for n in noises):
         return None
@@ -143,7 +154,7 @@ def model_flops_utilization(result: RunResult) -> float | None:
         body = (last - held) * (load.flops_per_token + attention * attended(load, (last + held) / 2))
         done += request.rows * (body + output * load.head_flops)
         seconds += e2e_ms(request) / 1e3
-    return done / seconds / peak if seconds else None
+    return done / seconds / (peak * device_count(result)) if seconds else None
 
 
 EFFICIENCY: dict[str, dict[str, Callable[[RunResult], float | None]]] = {

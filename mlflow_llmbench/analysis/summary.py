@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean, median, stdev
 from typing import Any
 
+from ..records.backends import recorded_capabilities
 from ..records.metric import GB, Metric, Series
 from ..records.metrics import (
     BATCH_SIZE,
@@ -52,6 +53,7 @@ from ..records.metrics import (
     REPETITIONS,
     SAME_REPLIES,
     SAME_TOKENS,
+    TENSOR_PARALLEL,
     TOKENIZE,
     TOTAL_RATE,
     TPOT,
@@ -83,6 +85,7 @@ from .figures import Figures, distribution, mean_of, once_per_result
 from .latency import chunk_gaps_ms, e2e_ms, tpot_ms, ttft_ms
 from .online_metrics import online_figures, ramp_steps, stream_figures
 from .quality import figures
+from .rank_memory import rank_figures, rank_series
 from .repetitions import (
     COMPARED_VALUES,
     decode_rate,
@@ -160,9 +163,16 @@ def _settings(result: RunResult) -> Figures:
     lengths = [r.prompt_tokens for r in requests(result) if r.prompt_tokens is not None]
     return {
         BATCH_SIZE.key(): result.cell.batch_size,
+        TENSOR_PARALLEL.key(): result.cell.tensor_parallel if _takes_ranks(result) else None,
         PROMPT_TOKENS.key(): fmean(lengths) if lengths else result.cell.prompt_tokens,
         OUTPUT_TOKENS.key(): result.cell.output_tokens,
     }
+
+
+def _takes_ranks(result: RunResult) -> bool:
+    return (
+        result.cell.scenario == "offline" and "tensor_parallel" in recorded_capabilities(result.cell.backend).parameters
+    )
 
 
 def _memory(result: RunResult) -> Figures:
@@ -175,7 +185,7 @@ def _memory(result: RunResult) -> Figures:
         WEIGHTS.key(): load.weight_bytes if load else None,
     }
     found: Figures = {key: None if size is None else size / GB for key, size in sizes.items()}
-    return found | {KV_CACHE.key(): load.kv_bytes_per_token if load else None}
+    return found | rank_figures(result) | {KV_CACHE.key(): load.kv_bytes_per_token if load else None}
 
 
 def _load(result: RunResult) -> Figures:
@@ -365,6 +375,7 @@ def series(result: RunResult) -> list[Point]:
     ]
     points += [Point(key, step, value, result.ended_ms) for key, step, value in ramp_steps(result)]
     points += [*_timeline(result), *_gpu_series(result)]
+    points += [Point(one.key, rank, value, result.ended_ms) for one, rank, value in rank_series(result)]
     firsts = [ttft_ms(r) for r in requests(result)]
     for key, values in ((ITL_PERCENTILES.key, token_gaps(result)), (TTFT_PERCENTILES.key, firsts)):
         supported = [q for q in range(1, 100) if supports(len(values), max(q, 100 - q))] if values else []

@@ -18,14 +18,15 @@ from .spec import BenchSpec, asked_fields, cell_fields
 
 LOADED = (
     "model", "weights", "revision", "backend", "quant", "group_size", "quant_budget", "quant_plan", "int8_threshold",
-    "double_quant", "device", "threads", "gpu_layers", "kv_cache", "mmap", "attention", "decode", "assistant",
-    "draft_tokens", "trust_remote_code", "url", "launch", "endpoint", "worker_python",
+    "double_quant", "device", "threads", "tensor_parallel", "gpu_layers", "kv_cache", "mmap", "attention", "decode",
+    "assistant", "draft_tokens", "trust_remote_code", "url", "launch", "endpoint", "worker_python",
 )  # fmt: skip
 """Load key: parameters that decide what is loaded, and process settings that cannot change afterwards."""
 
 WEIGHTS = (
     "model", "weights", "revision", "backend", "quant", "group_size", "quant_budget", "quant_plan", "double_quant",
-    "device", "gpu_layers", "kv_cache", "mmap", "decode", "assistant", "url", "launch", "worker_python",
+    "device", "tensor_parallel", "gpu_layers", "kv_cache", "mmap", "decode", "assistant", "url", "launch",
+    "worker_python",
 )  # fmt: skip
 """Parameters that decide the memory of a load; cells that share them differ only by their shape."""
 
@@ -34,6 +35,9 @@ NOT_IN_IDENTITY = ("max_repetitions", "allow_pickle", "slo_ttft_ms", "slo_tpot_m
 
 MIXED_PARAMETERS = ("quant_budget", "quant_plan")
 """Parameters of a mixed quantization; they are part of no other cell's identity."""
+
+SHORT = {"batch_size": "b", "tensor_parallel": "tp"}
+"""Parameter → its short name in the name of a run."""
 
 LONGEST_NAME = 250
 """Maximum characters of a run name, the limit of MLflow's tables."""
@@ -138,7 +142,7 @@ def config_hash(cell: Cell, model: ModelFacts) -> str:
     idle = _idle(cell) | {
         # Older identities lack these, so they are left out at their defaults.
         name
-        for name in (*DEPENDS_ON, "kv_cache")
+        for name in (*DEPENDS_ON, "kv_cache", "tensor_parallel")
         if getattr(cell, name) == PARAMETERS[name].default
     }
     decisive = {f.name: getattr(cell, f.name) for f in fields if f.name not in idle}
@@ -183,12 +187,14 @@ def cell_name(cell: Cell, varied: Sequence[str] = ()) -> str:
 
 
 def setting_text(name: str, cell: Cell) -> str:
-    """Return a parameter with its value as part of a name: `int4`, `b4`, `c2`, `5/s`, else `threads=2`."""
+    """Return a parameter with its value as part of a name: `int4`, `b4`, `tp2`, `c2`, `5/s`, else `threads=2`."""
     if name in ("concurrency", "request_rate"):
         return load_text(cell)
     text = as_text(name, getattr(cell, name))
     text = redact(text) if name == "launch" else _last_part(text)
-    return f"b{text}" if name == "batch_size" else text if name == "quant" else f"{name}={text}"
+    if name == "quant":
+        return text
+    return f"{SHORT[name]}{text}" if name in SHORT else f"{name}={text}"
 
 
 def _loads(cell: Cell) -> list[str]:
@@ -196,7 +202,8 @@ def _loads(cell: Cell) -> list[str]:
     if cell.scenario == "online":
         return ["online", f"trace {_last_part(cell.trace)}" if cell.trace else load_text(cell)]
     stream = [load_text(cell)] if cell.batching else []
-    return [*([cell.batching] if cell.batching else []), f"b{cell.batch_size}", *stream]
+    ranks = [f"tp{cell.tensor_parallel}"] if cell.tensor_parallel > 1 else []
+    return [*([cell.batching] if cell.batching else []), f"b{cell.batch_size}", *ranks, *stream]
 
 
 def _lengths_text(cell: Cell) -> str:

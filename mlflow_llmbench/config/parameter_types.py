@@ -132,6 +132,9 @@ class RunParameters(SharedParameters, total=False):
     threads: int | str | Sequence[int | str]
     """CPU threads of the worker; auto = physical cores it may use"""
 
+    tensor_parallel: int | str | Sequence[int | str]
+    """ranks that share every layer: one process for each, and one GPU for each where the device is a GPU"""
+
     worker_python: str | PathLike[str] | None
     """Python of another environment to run the worker with; none = the Python of this command"""
 

@@ -31,13 +31,13 @@ from ..records.redaction import excerpt
 from ..records.text import known_words
 from .choices import GRIDS, SLOS
 from .parsers import OF_A_MACHINE, PARSERS, _parse_choice
-from .validation import check_cluster, check_find, check_offline_baseline, check_together
+from .validation import check_cluster, check_find, check_offline_baseline, check_ranks, check_together
 
 IN_PROCESS_ONLY = (
     "weights", "revision", "backend", "group_size", "quant_budget", "quant_plan", "int8_threshold", "double_quant",
-    "batch_size", "device", "threads", "gpu_layers", "kv_cache", "mmap", "attention", "decode", "assistant",
-    "draft_tokens", "trust_remote_code", "allow_pickle", "preset", "on", "force", "memory_limit", "quality",
-    "quality_text", "quality_reference", "worker_python", "quality_tasks", "quality_limit",
+    "batch_size", "device", "threads", "tensor_parallel", "gpu_layers", "kv_cache", "mmap", "attention", "decode",
+    "assistant", "draft_tokens", "trust_remote_code", "allow_pickle", "preset", "on", "force", "memory_limit",
+    "quality", "quality_text", "quality_reference", "worker_python", "quality_tasks", "quality_limit",
 )  # fmt: skip
 """Parameters that have no meaning if another process runs the model."""
 
@@ -175,6 +175,7 @@ def parse(values: Mapping[str, object], recorded: bool = False) -> BenchSpec:
         axes["backend"] = (capabilities_of(server).offline_baseline, server)
     check_together(axes)
     check_cluster(axes, options)
+    check_ranks(axes, options)
     return BenchSpec(axes, Options(**options))  # type: ignore[arg-type]
 
 

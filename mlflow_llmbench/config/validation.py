@@ -57,6 +57,32 @@ def check_cluster(axes: Mapping[str, tuple[object, ...]], options: Mapping[str, 
         )
 
 
+def check_ranks(axes: Mapping[str, tuple[object, ...]], options: Mapping[str, object]) -> None:
+    """Raise UsageError for what cannot be measured with several ranks."""
+    ranks = max(int(str(count)) for count in axes["tensor_parallel"])
+    if ranks == 1:
+        return
+    if options["on"] != "here":
+        raise UsageError(
+            f"tensor_parallel={ranks} starts its ranks on this machine, and on={options['on']} measures on others. "
+            "Leave one of them out."
+        )
+    if axes["batching"] != (None,):
+        raise UsageError(
+            f"tensor_parallel={ranks} works for single batches only, and batching measures a stream of requests. "
+            "Leave one of them out."
+        )
+    if "kept" in axes["history"]:
+        raise UsageError(
+            f"tensor_parallel={ranks} keeps no history between calls. Use history=none or history=recomputed."
+        )
+    if options["quality_tasks"]:
+        raise UsageError(
+            f"lm-eval calls the model in one process, and tensor_parallel={ranks} runs it in several. "
+            "Leave quality_tasks out; quality=auto works."
+        )
+
+
 def _check_mixed(axes: Mapping[str, tuple[object, ...]]) -> None:
     """Require a budget or a plan, but not both, with quant=mixed only."""
     given = [name for name in ("quant_budget", "quant_plan") if axes[name] != (None,)]

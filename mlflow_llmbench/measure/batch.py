@@ -13,9 +13,10 @@ import operator
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from ..backends.base import Backend, DecodingBackend, History
+from ..backends.parallel import ParallelBackend, rank_pids
 from ..records.cell import Cell
 from ..records.errors import MeasurementError
 from ..records.results import CellMeasurements, Repetition, RequestRecord, TextTimes
@@ -78,6 +79,8 @@ def time_request(
             on_first()
 
     chosen = emit_and_report if on_first else emit
+    if rank_pids(backend):
+        cast(ParallelBackend, backend).ready(prompts, output_tokens)
     kept = {} if history is None else {"history": history}
     cached = None if history is None else history.tokens
     gc.disable()
@@ -150,14 +153,14 @@ def measure_cell(
     repetitions: list[Repetition] = []
     outputs: list[tuple[list[int], list[int]]] = []
     zeros: list[int] = []
-    limit = cell.repetitions or cell.max_repetitions
+    limit, ranks = cell.repetitions or cell.max_repetitions, rank_pids(backend)
     with frozen_heap():
         while len(repetitions) < limit and not enough(cell, repetitions):
             index = len(repetitions)
             sent = turns(index)
-            wall_ms, before = int(time.time() * 1000), machine.take_readings(backend.device)
+            wall_ms, before = int(time.time() * 1000), machine.take_readings(backend.device, ranks)
             timed = time_turns(backend, sent, cell.output_tokens, cell.history == "kept")
-            noise = machine.noise_between(before, machine.take_readings(backend.device))
+            noise = machine.noise_between(before, machine.take_readings(backend.device, ranks))
             repetitions.append(Repetition(index, wall_ms, timed.requests, noise))
             zeros.append(timed.zeros)
             if prompts.texts and index * (1 if cell.prompt_tokens is None else cell.batch_size) < len(prompts.texts):

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 from ..analysis.repetitions import output_rate
 from ..backends.base import DeviceMemory
+from ..backends.parallel import RankMemory
 from ..records.codec import from_json, to_json
 from ..records.errors import JournalError
 from ..records.noise import OMITTED
@@ -90,10 +91,14 @@ class Stage(Event, name="stage"):
 
 @dataclass(frozen=True)
 class StageMemory(Stage, name="stage"):
-    """A memory stage is reached: *baseline*, *loaded*, *peak*, *unloaded*. None for memory that cannot be read."""
+    """A memory stage is reached: *baseline*, *loaded*, *peak*, *unloaded*. None for memory that cannot be read.
+
+    `ranks`: memory of each of several ranks by itself, which `host` and `device` have together.
+    """
 
     host: HostMemory | None
     device: DeviceMemory | None = None
+    ranks: tuple[RankMemory, ...] | None = field(default=None, metadata=OMITTED)
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,13 @@ class PeaksMeasured(Event, name="peaks"):
 
     peaks: Mapping[str, float]
     idle_w: float | None = None
+
+
+@dataclass(frozen=True)
+class RanksStarted(Event, name="ranks"):
+    """The other ranks of a model run, with these process ids."""
+
+    pids: tuple[int, ...]
 
 
 @dataclass(frozen=True)

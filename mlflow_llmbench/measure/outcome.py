@@ -11,19 +11,23 @@ from statistics import median
 from typing import Any
 
 from ..backends.base import DeviceMemory
-from ..records.errors import LlmbenchError, MeasurementError, OutOfMemory
+from ..records.errors import LlmbenchError, MeasurementError, OutOfMemory, WorkerCrashed
 from ..records.results import (
     CellMeasurements,
     Divergence,
     LoadInfo,
     MemorySample,
     MemoryStages,
+    RankStages,
     Repetition,
     TaskScore,
     TextScores,
 )
 from . import events
 from .events import Event, StageMemory
+
+FAILURES = {"OutOfMemory": OutOfMemory, "WorkerCrashed": WorkerCrashed}
+"""Name of an error of a worker → its class, where that decides how its cells have ended."""
 
 MOST_SAMPLES = 2000
 """Most memory samples in a result. At twenty a second, a long run would otherwise make it unreadable."""
@@ -73,7 +77,26 @@ def stages_of(outcome: GroupOutcome, number: int) -> MemoryStages:
         device["peak"] = _device_bytes(peak.device, peak=True)
         device["steady"] = _device_bytes(peak.device, peak=False)
         reserved_peak = peak.device.peak_reserved or None  # 0 means that it cannot be read
-    return MemoryStages(rss, needed, device, reserved_peak)
+    return MemoryStages(rss, needed, device, reserved_peak, _rank_stages(outcome, peak))
+
+
+def _rank_stages(outcome: GroupOutcome, peak: StageMemory | None) -> tuple[RankStages, ...] | None:
+    """Return the memory of each of several ranks, where the worker read it; None for a worker without others."""
+    reached = [outcome.stages.get(stage) for stage in ("baseline", "loaded", "unloaded")]
+    found: list[tuple[dict[str, int], dict[str, int]]] = []
+    for one in [*reached, peak]:
+        if not isinstance(one, StageMemory):
+            continue
+        for rank, own in enumerate(one.ranks or ()):
+            if rank == len(found):
+                found.append(({}, {}))
+            needed, device = found[rank]
+            if own.host and own.host.anonymous is not None:
+                spike = max((own.host.peak_rss or 0) - own.host.rss, 0) if one is peak else 0
+                needed[one.stage] = own.host.anonymous + own.mapped + spike
+            if own.device:
+                device[one.stage] = _device_bytes(own.device, peak=one is peak)
+    return tuple(RankStages(needed, device) for needed, device in found) or None
 
 
 def _loading_peak(outcome: GroupOutcome, mapped: int) -> tuple[int, int] | None:
@@ -262,7 +285,7 @@ class GroupOutcome:
                 if number in self.cells:
                     self.cells[number] = dataclasses.replace(self.cells[number], ended_ns=event.t_ns)
             case events.JobFailed(kind=kind, message=message):
-                self.fail({"OutOfMemory": OutOfMemory}.get(kind, MeasurementError)(message))
+                self.fail(FAILURES.get(kind, MeasurementError)(message))
             case events.JobEnded(log=log):
                 self.ended, self.log = True, list(log)
             case _:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..backends.parallel import RankMemory, host_of
 from ..loadgen.server_process import bounded, log_end, wait_for_end
 from ..records.cell import Cell
 from ..records.codec import to_json
@@ -28,7 +29,7 @@ from ..records.results import MemorySample
 from ..system import cpu_time, gpu, memory
 from ..system.memory import HostMemory
 from . import events, interpreter
-from .events import CellAdded, Event, JobBegun, MemorySampled, Report, ServerLaunched, StageMemory
+from .events import CellAdded, Event, JobBegun, MemorySampled, RanksStarted, Report, ServerLaunched, StageMemory
 from .journal import SERVER_LOG, EventLog, redact_log, write_bytes
 from .outcome import Clock, GroupOutcome
 from .task import WorkerJob
@@ -41,6 +42,9 @@ LOADING_SAMPLE_S = 0.01
 
 WAITED_S = 1.0
 """Seconds between two events that tell a display that time passes, while no cell is timed."""
+
+RANK_GRACE_S = 10.0
+"""Seconds in which a worker has to say itself that one of its ranks has ended."""
 
 LOOK_S = 2.0
 """Seconds between two searches for the processes of a server while it is measured."""
@@ -108,6 +112,8 @@ def run_worker(
         watch.drain()
     finally:
         _end(process)
+        for pid in watch.ranks:  # the kernel, or the end of their input, ends them with the worker
+            wait_for_end(pid)
         if watch.keeper:  # the server ends after its client, in order
             wait_for_end(watch.keeper)
         redact_log(log_file)
@@ -187,6 +193,8 @@ class _Watch:
     told: float = 0.0  # when `waited` was last called
     added: list[Path] = field(default_factory=list)  # folders of the cells chosen by `more`
     keeper: int | None = None  # pid of the keeper, the ancestor of all processes of a server that we started
+    ranks: tuple[int, ...] = ()  # pids of the worker's other ranks
+    rank_gone: float | None = None  # when one of them was first seen to have ended
     pids: list[int] = field(default_factory=list)  # the server's processes when last searched for
     looked: float = 0.0
     cpu_s: dict[int, float] = field(default_factory=dict)  # CPU time of each process at the last sample
@@ -245,6 +253,8 @@ class _Watch:
         event = events.decode(self.lines[0])
         if isinstance(event, ServerLaunched):
             self.keeper = event.keeper
+        if isinstance(event, RanksStarted):
+            self.ranks = event.pids
         if isinstance(event, StageMemory) and self.keeper:
             self.looked = 0.0  # more processes may have been started
         if event:
@@ -329,7 +339,7 @@ class _Watch:
             self.waited(events.Waited())
 
     def _sample(self) -> None:
-        seen = self._server_memory() if self.keeper else memory.read(self.process.pid)
+        seen = self._server_memory() if self.keeper else self._worker_memory()
         if seen is None:
             return
         anonymous, now = seen.anonymous if seen.anonymous is not None else seen.rss, time.perf_counter_ns()
@@ -345,10 +355,29 @@ class _Watch:
 
     def _cpus(self, now_ns: int) -> float | None:
         """Mean number of CPUs that the worker, or the server, has used since the last sample; None for the first."""
-        pids = self.pids if self.keeper else [self.process.pid]
+        pids = self.pids if self.keeper else [self.process.pid, *self.ranks]
         before, self.cpu_s = self.cpu_s, {pid: s for pid in pids if (s := cpu_time.process_s(pid)) is not None}
         used = [s - before[pid] for pid, s in self.cpu_s.items() if pid in before]
         return round(sum(used) / (now_ns - self.outcome.samples[-1].t_ns) * 1e9, 3) if used else None
+
+    def _worker_memory(self) -> HostMemory | None:
+        """Read the memory of the worker and its other ranks.
+
+        Raises WorkerCrashed if a rank has ended and the worker, which may wait for it for ever, does not say so itself.
+        """
+        if not self.ranks:
+            return memory.read(self.process.pid)
+        read = [memory.read(pid) for pid in (self.process.pid, *self.ranks)]
+        if None in read[1:] and read[0]:
+            self.rank_gone = self.rank_gone or time.monotonic()
+            if self.outcome.stage != "unloaded" and time.monotonic() - self.rank_gone > RANK_GRACE_S:
+                raise WorkerCrashed(
+                    f"Rank {read.index(None)} of {len(read)} ended at stage {self.outcome.stage}, and the worker "
+                    "waited for it. Measure again, or use fewer ranks."
+                )
+        loads = self.outcome.load.ranks if self.outcome.load else None
+        mapped = [one.mapped for one in loads] if loads else [0] * len(read)
+        return host_of(tuple(RankMemory(host, mapped=size) for host, size in zip(read, mapped, strict=True)))
 
     def _server_memory(self) -> HostMemory:
         """Read the memory of a server's processes.

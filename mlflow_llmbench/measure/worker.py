@@ -23,6 +23,7 @@ from typing import cast
 
 from ..backends.base import Backend, DecodingBackend, ServerBackend, backend_class
 from ..backends.libraries import import_libraries
+from ..backends.parallel import ParallelBackend, device_of, host_of, rank_pids
 from ..records.backends import capabilities_of
 from ..records.cell import Cell
 from ..records.codec import from_json
@@ -109,9 +110,15 @@ def _measure_group(job: WorkerJob, send: Report) -> None:
     send(Stage("starting"))
     import_libraries(kind.capabilities, job.threads)
     backend = kind(cells[0], facts)
+    with _ranks(backend, cells[0], send):
+        _measure_cells(backend, job, send)
+
+
+def _measure_cells(backend: Backend, job: WorkerJob, send: Report) -> None:
+    cells, facts = job.cells, job.facts
     send(events.PeaksMeasured(backend.peaks(), machine.idle_power_w(backend.device)))
     gc.collect()
-    memory.reset_peak()
+    _reset_peaks(backend)
     _stage("baseline", backend, send)
     send(Stage("loading"))
     info = _launch(cast(ServerBackend, backend), job.folders[0], send) if cells[0].launch else backend.load()
@@ -125,6 +132,21 @@ def _measure_group(job: WorkerJob, send: Report) -> None:
         if job.quality:
             _pause(job, send)
             _evaluate(backend, job.quality, facts.context, send)
+
+
+@contextlib.contextmanager
+def _ranks(backend: Backend, cell: Cell, send: Report) -> Iterator[None]:
+    """Start the other ranks of a cell with several, and end them at the end, whatever has happened."""
+    if cell.tensor_parallel == 1 or "tensor_parallel" not in backend.capabilities.parameters:
+        yield
+        return
+    parallel = cast(ParallelBackend, backend)
+    try:
+        parallel.start_ranks()
+        send(events.RanksStarted(rank_pids(backend)))
+        yield
+    finally:
+        parallel.end_ranks()
 
 
 @contextlib.contextmanager
@@ -312,7 +334,7 @@ def _measure_one(
         compile_s = _compile(backend, cell, prompts, info, send)
         backend.trim()
         memory.trim()  # memory of a larger earlier cell is not this one's
-        memory.reset_peak()
+        _reset_peaks(backend)
         backend.device_memory(reset=True)
         send(events.MeasuringBegun(number))
         if backend.capabilities.online:
@@ -377,11 +399,22 @@ def _same_tokens(backend: Backend, cell: Cell, prompts: PromptSet, info: LoadInf
 def _stage(stage: str, backend: Backend, send: Report) -> None:
     """Report that a stage is reached, with the memory of the process that holds the model; then reset the peak.
 
-    That is this process with its exact peak, or the server that it has started.
+    That is this process with its exact peak, together with its other ranks, or the server that it has started.
     """
-    host = cast(ServerBackend, backend).server_memory() if backend.capabilities.online else memory.read()
-    send(events.StageMemory(stage, host, backend.device_memory()))
+    if rank_pids(backend):
+        ranks = cast(ParallelBackend, backend).rank_memory()
+        send(events.StageMemory(stage, host_of(ranks), device_of(ranks), ranks))
+    else:
+        host = cast(ServerBackend, backend).server_memory() if backend.capabilities.online else memory.read()
+        send(events.StageMemory(stage, host, backend.device_memory()))
+    _reset_peaks(backend)
+
+
+def _reset_peaks(backend: Backend) -> None:
+    """Start new peaks of resident memory, of this process and of the other ranks."""
     memory.reset_peak()
+    for pid in rank_pids(backend):
+        memory.reset_peak(pid)
 
 
 def _tame_logs() -> Flood:

@@ -84,6 +84,10 @@ class Cell:
     threads: int | None = Parameter(
         None, "CPU threads of the worker; auto = physical cores it may use", "count", "model", sweep=True, unset="auto",
         high=4096).field()
+    tensor_parallel: int = Parameter(
+        1, "ranks that share every layer: one process for each, and one GPU for each where the device is a GPU",
+        "count", "model", metavar="RANKS", sweep=True, high=64, scenarios="offline batching",
+        backend_specific=True).field()
     worker_python: str | None = Parameter(
         None, "Python of another environment to run the worker with; none = the Python of this command", "interpreter",
         "model", unset="none", scenarios="offline batching").field()

@@ -145,6 +145,14 @@ WEIGHTS = Metric(
     places=(Column(100), Line(120, label="weights as stored"), Compared(80),
             # Weights add nothing to a check of the memory.
             Gated(80, name="weights", only_if_limited=True), Tag(130), Bars(70, name="memory")))
+RANK_HOST = Metric(
+    "memory", "rank_host_needed_gb", "several ranks: host_needed_gb of the rank that needs most",
+    "GB", ("loaded", "peak"), "lower")
+RANK_DEVICE = Metric(
+    "memory", "rank_device_gb", "the same of device memory, each rank on its own device",
+    "GB", ("loaded", "peak"), "lower")
+RANK_WEIGHTS = Metric("memory", "rank_weight_gb", "several ranks: weight_gb of the rank that holds most",
+                      "GB", better="lower")
 PREDICTED_MEMORY = Metric("memory", "predicted_gb", "peak estimated before anything was loaded", "GB")
 PREDICTED_LOADING = Metric(
     "memory", "predicted_loading_gb", "peak of the load, estimated before anything was loaded", "GB")
@@ -358,6 +366,7 @@ VARIATION = Metric(
 BATCH_SIZE = Metric("settings", "batch_size", "setting, as a number to filter and plot by")
 PROMPT_TOKENS = Metric("settings", "prompt_tokens", "setting (with auto: mean of what was sent)")
 OUTPUT_TOKENS = Metric("settings", "output_tokens", "setting")
+TENSOR_PARALLEL = Metric("settings", "tensor_parallel", "setting: ranks that share every layer")
 CONCURRENCY = Metric("settings", "concurrency", "setting of a closed loop: users")
 ASKED_RATE = Metric("settings", "request_rate", "setting of an open loop", "1/s")
 RAMP_TO = Metric("settings", "ramp_to", "setting of a ramp: final rate", "1/s")
@@ -375,6 +384,9 @@ TURN_TTFT = Series("steps", "turn_ttft_ms", "step = turn of a conversation: medi
 TURN_E2E = Series("steps", "turn_e2e_ms", "the same", "ms")
 TURN_PROMPT_TOKENS = Series("steps", "turn_prompt_tokens", "the same: mean length of the prompt, including its history")
 TURN_PREFILLED_TOKENS = Series("steps", "turn_prefilled_tokens", "the same: mean length of its computed part")
+RANK_HOST_PEAKS = Series("steps", "rank_host_needed_gb", "step = rank (from 0): its peak needed host memory", "GB")
+RANK_DEVICE_PEAKS = Series("steps", "rank_device_gb", "the same: its peak device memory", "GB")
+RANK_WEIGHT_PARTS = Series("steps", "rank_weight_gb", "the same: the parameters that it holds", "GB")
 HOST_RSS_SAMPLES = Series("steps", "host_rss_gb", "step = sample", "GB")
 DEVICE_SAMPLES = Series("steps", "device_gb", "step = sample", "GB")
 WORKER_CPU = Series(

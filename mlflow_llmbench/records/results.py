@@ -46,6 +46,14 @@ class ModelFacts:
 
 
 @dataclass(frozen=True)
+class RankLoad:
+    """Part of the weights that one rank of a model holds, bytes. `mapped`: of them, those that lie in file mappings."""
+
+    weight_bytes: int
+    mapped: int = 0
+
+
+@dataclass(frozen=True)
 class LoadInfo:
     """Properties of the model as loaded. `facts` become dotted params (`quant.kernel`, `model.dtype`, …)."""
 
@@ -64,6 +72,8 @@ class LoadInfo:
     mapped_weight_bytes: int = 0  # bytes of parameters that lie in file mappings
     quant_plan: QuantPlan | None = None  # of a mixed quantization
     made: str | None = None  # file or folder that was run, if made from the checkpoint or one file of a repository
+    devices: int | None = field(default=None, metadata=OMITTED)  # that hold the model, if several
+    ranks: tuple[RankLoad, ...] | None = field(default=None, metadata=OMITTED)  # if several
 
 
 CONTENT, REASONING, TOOLS, REFUSAL = "content", "reasoning", "tools", "refusal"
@@ -253,13 +263,25 @@ class MemorySample:
 
 
 @dataclass(frozen=True)
+class RankStages:
+    """Memory of one rank at the stages, bytes, counted as that of all ranks together."""
+
+    host_needed: Mapping[str, int] = field(default_factory=dict)
+    device: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class MemoryStages:
-    """Memory at the stages of a worker, bytes. `host_rss` is exact (kernel high-water mark); see `metrics`."""
+    """Memory at the stages of a worker, bytes, with that of its other ranks if it has any.
+
+    `host_rss` is exact (kernel high-water mark); see `metrics`. `ranks`: each of several ranks by itself.
+    """
 
     host_rss: Mapping[str, int] = field(default_factory=dict)
     host_needed: Mapping[str, int] = field(default_factory=dict)
     device: Mapping[str, int] = field(default_factory=dict)
     device_reserved_peak: int | None = None
+    ranks: tuple[RankStages, ...] | None = field(default=None, metadata=OMITTED)
 
 
 @dataclass(frozen=True)

@@ -213,10 +213,17 @@ def _planned_cell(
         folder,
         predicted,
         estimate.least_seconds(cell, model, shape, rates),
-        resolved.lacking or estimate.refusal(cell, model, predicted, room, loading),
+        resolved.lacking or _backend_refusal(cell, model) or estimate.refusal(cell, model, predicted, room, loading),
         environment if cell.worker_python else None,
         loading,
     )
+
+
+def _backend_refusal(cell: Cell, model: ModelFacts) -> Refusal | None:
+    """Return why the backend of a cell cannot measure it with this model; None if it can, or has no such rules."""
+    refuse = getattr(backend_class(cell.backend), "refusal", None)
+    sentence = refuse(cell, model) if refuse else None
+    return Refusal("settings", sentence) if sentence else None
 
 
 def _folder(config: str, known: int) -> str:

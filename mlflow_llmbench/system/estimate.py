@@ -22,6 +22,10 @@ AvailableMemory = tuple[int | None, str]
 """Bytes that a cell may need, None if unknown, and the words that follow them in a message: "are free here"."""
 
 
+ON_GPU = "are free on the GPU"
+"""These words for a GPU."""
+
+
 @dataclass(frozen=True)
 class Refusal:
     """The reason why a cell is not measured, as a sentence for people.
@@ -77,6 +81,7 @@ def predicted_bytes(cell: Cell, model: ModelFacts, shape: model_shape.Shape | No
     )
     peak += _weight_bytes(cell, model, shape, dtype) - shape.weight_bytes(quant, dtype)
     peak += model_shape.PROCESS_BYTES + _decode_overhead_bytes(cell, model, (prompt or 512) + output)
+    peak += _more_ranks_bytes(cell, shape, dtype, prompt or 512)
     return max(peak, predicted_load_bytes(cell, model, shape) or 0)
 
 
@@ -87,7 +92,21 @@ def predicted_load_bytes(cell: Cell, model: ModelFacts, shape: model_shape.Shape
     dtype = model.dtype if model.dtype in ("float32", "float16", "bfloat16") else "bfloat16"
     if _runs_packed(cell, model):
         return model_shape.PROCESS_BYTES + (model.files_bytes or 0)
-    return model_shape.PROCESS_BYTES + model_shape.load_memory_estimate(shape, _quant_loaded(cell), dtype)
+    own = model_shape.load_memory_estimate(shape, _quant_loaded(cell), dtype)
+    return model_shape.PROCESS_BYTES + own + _more_ranks_bytes(cell, shape, dtype, 0)
+
+
+def _more_ranks_bytes(cell: Cell, shape: model_shape.Shape, dtype: str, prompt: int) -> int:
+    """Bytes that several ranks need together beyond one: of each other one its process, and what is not divided.
+
+    That are norms and biases, the logits, which each rank gathers, and the activations of a prefill of `prompt` tokens,
+    which it holds in part; they count whole.
+    """
+    value_bytes = model_shape.VALUE_BYTES[FLOAT_DTYPES.get(cell.quant) or dtype]
+    logits = cell.batch_size * shape.vocab_size * 4 if prompt else 0
+    activations = 2 * cell.batch_size * prompt * max(shape.intermediate_size, 3 * shape.hidden_size) * 4
+    each = model_shape.PROCESS_BYTES + shape.other_parameters * value_bytes + logits + activations
+    return (cell.tensor_parallel - 1) * each
 
 
 KV_VALUE_BYTES = {
@@ -167,6 +186,8 @@ def least_seconds(
     bandwidth, flops = peaks.get("read_bytes_per_s"), peaks.get("flops_per_s")
     if shape is None or not bandwidth or not flops:
         return None
+    devices = cell.tensor_parallel if on_gpus(cell) else 1
+    bandwidth, flops = bandwidth * devices, flops * devices
     dtype = model.dtype if model.dtype in ("float32", "float16", "bfloat16") else "bfloat16"
     weights = _weight_bytes(cell, model, shape, dtype)
     rows, prompt = cell.batch_size, cell.prompt_tokens or 512
@@ -183,6 +204,11 @@ def least_seconds(
     run_s = prefill + steps * step
     warmups = cell.warmup if cell.warmup is not None else LEAST_WARMUP
     return cell.processes * (warmups + _repetitions(cell, run_s)) * run_s
+
+
+def on_gpus(cell: Cell) -> bool:
+    """Return True if each of several ranks of a cell has a GPU of its own; those on a CPU share the machine."""
+    return cell.tensor_parallel > 1 and machine.require_device(cell.device) != "cpu"
 
 
 def _repetitions(cell: Cell, run_s: float) -> int:
@@ -244,7 +270,7 @@ def available_memory(device: str, limit: int | None) -> AvailableMemory:
     `limit` in bytes applies to the CPU only. Raises MissingError if there is no such device.
     """
     if machine.require_device(device).startswith("cuda"):
-        return gpu.free_bytes(int(device.partition(":")[2] or 0)), "are free on the GPU"
+        return gpu.free_bytes(int(device.partition(":")[2] or 0)), ON_GPU
     available = memory.available_bytes()
     if limit is not None and (available is None or limit < available):
         return limit, "are allowed by memory_limit"
@@ -254,12 +280,18 @@ def available_memory(device: str, limit: int | None) -> AvailableMemory:
 def _beyond_memory(
     cell: Cell, predicted: int | None, available: int | None, where: str, loading: int | None
 ) -> Refusal | None:
-    if predicted is None or available is None or predicted <= available:
+    if predicted is None or available is None:
         return None
-    needed, free = (short_number_text(size / GB) for size in (predicted, available))
+    ranks = cell.tensor_parallel
+    on_each = f" on each of {ranks} GPUs" if ranks > 1 and where == ON_GPU else ""
+    size = -(-predicted // ranks) if on_each else predicted
+    if size <= available:
+        return None
+    needed, free = (short_number_text(one / GB) for one in (size, available))
+    among = f", tensor_parallel={ranks}" if ranks > 1 else ""
     return Refusal(
         "memory",
-        f"{cell.model} with quant={cell.quant}, batch_size={cell.batch_size} needs about {needed} GB"
+        f"{cell.model} with quant={cell.quant}, batch_size={cell.batch_size}{among} needs about {needed} GB{on_each}"
         f"{' while it is loaded' if predicted == loading else ''}, and {free} GB {where}. "
         "Use a smaller model, batch or quantization, or try it all the same with force=true.",
     )

@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ from ..records.invocation import command_text
 from ..records.noise import Noise
 from ..records.quantizations import LIBRARY_PACKAGES
 from ..records.results import hash16
-from . import cgroups, gpu, memory, pressure, torch_runtime
+from . import cgroups, cpu_time, gpu, memory, pressure, torch_runtime
 from .cgroups import ROOT
 from .gpu import GpuReading
 
@@ -382,8 +382,11 @@ def _mean_power_w(device: str, seconds: float) -> float | None:
     )
 
 
-def take_readings(device: str = "cpu") -> Readings:
-    """Read all counters of noise and energy. Costs about half a millisecond, with a GPU some milliseconds."""
+def take_readings(device: str = "cpu", ranks: Iterable[int] = ()) -> Readings:
+    """Read all counters of noise and energy; `ranks` are processes that work with this one, whose CPU time is our own.
+
+    Costs about half a millisecond, with a GPU some milliseconds.
+    """
     on_gpu = gpu.read(int(device.partition(":")[2] or 0)) if device.startswith("cuda") else None
     steal = busy = swapped = None
     ticks = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
@@ -405,14 +408,14 @@ def take_readings(device: str = "cpu") -> Readings:
         time.monotonic(),
         steal,
         busy,
-        time.process_time(),
+        time.process_time() + sum(cpu_time.process_s(pid) or 0.0 for pid in ranks),
         pressure.stall_s(PROC, "cpu"),
         switches,
         faults,
         swapped,
         energy,
         on_gpu,
-        pressure.run_delays_s(PROC),
+        pressure.run_delays_s(PROC, ranks),
         pressure.stall_s(PROC, "memory"),
         cgroups.throttling(),
     )

@@ -151,13 +151,13 @@ def _read_psutil(pid: int | str) -> HostMemory | None:
     return HostMemory(info.rss, None, getattr(info, "peak_wset", None))
 
 
-def reset_peak() -> bool:
-    """Reset this process's peak resident memory, so that the next reading is exact for the time since.
+def reset_peak(pid: int | str = "self") -> bool:
+    """Reset the peak resident memory of a process, so that the next reading is exact for the time since.
 
-    Return False if the kernel does not allow it (`/proc/self/clear_refs`, proc(5)); a peak then covers the whole life.
+    Return False if the kernel does not allow it (`/proc/PID/clear_refs`, proc(5)); a peak then covers the whole life.
     """
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path(f"/proc/{pid}/clear_refs").write_text("5")
     except OSError:
         return False
     return True
@@ -169,8 +169,8 @@ def trim() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _file_mappings() -> list[tuple[int, int, str]]:
-    """Return start address, end and file of each file mapping of this process, sorted by address.
+def _file_mappings() -> list[tuple[int, int, str, int]]:
+    """Return start address, end, file and offset in it of each file mapping of this process, sorted by address.
 
     Empty if /proc/self/maps does not exist.
     """
@@ -183,32 +183,49 @@ def _file_mappings() -> list[tuple[int, int, str]]:
         parts = line.split(maxsplit=5)
         if len(parts) == 6 and parts[5].startswith("/") and not parts[5].endswith("(deleted)"):
             low, high = parts[0].split("-")
-            found.append((int(low, 16), int(high, 16), parts[5]))
+            found.append((int(low, 16), int(high, 16), parts[5], int(parts[2], 16)))
     return found
 
 
 def touch_mapped(files: Iterable[Path]) -> int:
     """Read a byte of each mapped page of these files, so that all of them are resident. Return the mappings' bytes."""
     names = {str(file) for file in files}
-    spans = [(low, high) for low, high, name in _file_mappings() if name in names]
+    spans = [(low, high) for low, high, name, _ in _file_mappings() if name in names]
     for low, high in spans:
         (ctypes.c_char * (high - low)).from_address(low)[:: mmap.PAGESIZE]
     return sum(high - low for low, high in spans)
 
 
-def mapped_bytes(spans: Iterable[tuple[int, int]]) -> int:
-    """Return the number of bytes of the given (address, length) spans of this process that lie in file mappings.
+FilePart = tuple[str, int, int]
+"""Part of a file: its path, begin and end in bytes."""
 
-    Parameters of a safetensors checkpoint stay there if no cast copies them. 0 if /proc/self/maps does not exist.
+
+def mapped_parts(spans: Iterable[tuple[int, int]]) -> list[FilePart]:
+    """Return the parts of files in which the given (address, length) spans of this process lie.
+
+    Parameters of a safetensors checkpoint stay there if no cast copies them. Empty if /proc/self/maps does not exist.
     """
     mappings = _file_mappings()
-    starts, ends = [low for low, _, _ in mappings], [high for _, high, _ in mappings]
-    total = 0
+    starts = [low for low, *_ in mappings]
+    found = []
     for address, length in spans:
         i = max(bisect.bisect_right(starts, address) - 1, 0)
         while i < len(starts) and starts[i] < address + length:
-            total += max(0, min(ends[i], address + length) - max(starts[i], address))
+            low, high, file, offset = mappings[i]
+            begin, end = max(low, address), min(high, address + length)
+            if begin < end:
+                found.append((file, offset + begin - low, offset + end - low))
             i += 1
+    return found
+
+
+def union_bytes(parts: Iterable[FilePart]) -> int:
+    """Return the number of bytes in parts of files, perhaps of several processes; what lies in several counts once."""
+    total, seen = 0, ("", 0)  # a file, and the end of what is counted of it
+    for file, begin, end in sorted(parts):
+        after = seen[1] if file == seen[0] else 0
+        total += max(0, end - max(begin, after))
+        seen = file, max(end, after)
     return total
 
 

@@ -7,7 +7,7 @@ These clocks are fine enough for a repetition of a millisecond, unlike the CPU t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 
@@ -21,17 +21,18 @@ def stall_s(proc: Path, resource: str) -> float | None:
     return None
 
 
-def run_delays_s(proc: Path) -> dict[str, float] | None:
-    """Seconds that each thread of this process was ready to run and waited for a CPU, by thread.
+def run_delays_s(proc: Path, others: Iterable[int] = ()) -> dict[str, float] | None:
+    """Seconds that each thread of this process, and of the `others`, was ready to run and waited for a CPU, by thread.
 
     The second number of /proc/<pid>/task/<tid>/schedstat, ns (kernel: sched-stats.rst). None where the kernel does not
     count it.
     """
     found = {}
-    with contextlib.suppress(OSError):
-        for task in (proc / "self" / "task").iterdir():
-            with contextlib.suppress(OSError, IndexError, ValueError):  # the thread may have ended
-                found[task.name] = int((task / "schedstat").read_text().split()[1]) / 1e9
+    for process in ("self", *map(str, others)):
+        with contextlib.suppress(OSError):
+            for task in (proc / process / "task").iterdir():
+                with contextlib.suppress(OSError, IndexError, ValueError):  # the thread may have ended
+                    found[task.name] = int((task / "schedstat").read_text().split()[1]) / 1e9
     return found or None
 
 

@@ -21,6 +21,8 @@ from mlflow_llmbench.records.results import (
     MemoryStages,
     ModelFacts,
     Noise,
+    RankLoad,
+    RankStages,
     Repetition,
     RequestRecord,
     RunResult,
@@ -233,6 +235,39 @@ def test_bandwidth_utilization_by_hand_and_absent_when_the_cache_could_serve() -
     cached = result([[2, 2, 2]] * 5, **(fields | {"load": dataclasses.replace(load, cache_bytes=201)}))
     assert efficiency.model_bandwidth_utilization(cached) is None
     assert efficiency.model_bandwidth_utilization(result([[2, 2, 2]] * 5, load=load)) is None
+
+
+def test_several_devices_count_together() -> None:
+    load = LoadInfo(1.0, step_bytes=800, kv_bytes_per_token=10, flops_per_token=100.0, cache_bytes=60)
+    peaks = {"read_bytes_per_s": 1e6, "flops_per_s": 1e6}
+    one = result([[2, 2, 2]] * 5, load=load, peaks=peaks, idle_w=1.0)
+    two = dataclasses.replace(one, load=dataclasses.replace(load, devices=2))
+    assert efficiency.model_bandwidth_utilization(two) == pytest.approx(0.25)
+    mfu = efficiency.model_flops_utilization(one)
+    assert mfu and efficiency.model_flops_utilization(two) == pytest.approx(mfu / 2)
+    assert efficiency.read_share(dataclasses.replace(two, load=dataclasses.replace(load, devices=4))) is None
+    assert efficiency.joules_per_token(two) is None
+
+
+def test_the_largest_rank_and_the_sum_of_all_are_told() -> None:
+    stages = MemoryStages(
+        {}, {"peak": 5 * 10**9}, {},
+        ranks=(RankStages({"loaded": 10**9, "peak": 2 * 10**9}), RankStages({"loaded": 10**9, "peak": 3 * 10**9})),
+    )  # fmt: skip
+    load = LoadInfo(1.0, 3 * 10**9, ranks=(RankLoad(10**9), RankLoad(2 * 10**9)))
+    measured = result(
+        [[2, 2, 2]] * 5, memory=stages, load=load, cell=Cell(batch_size=2, output_tokens=4, tensor_parallel=2)
+    )
+    found = summary.summarize(measured)
+    assert (found["memory/host_needed_gb_peak"], found["memory/rank_host_needed_gb_peak"]) == (5, 3)
+    assert (found["memory/rank_host_needed_gb_loaded"], found["memory/rank_weight_gb"]) == (1, 2)
+    assert found["settings/tensor_parallel"] == 2 and "memory/rank_device_gb_peak" not in found
+    points = [(p.key, p.step, p.value) for p in summary.series(measured) if "rank" in p.key]
+    assert points == [
+        ("steps/rank_weight_gb", 0, 1), ("steps/rank_weight_gb", 1, 2),
+        ("steps/rank_host_needed_gb", 0, 2), ("steps/rank_host_needed_gb", 1, 3),
+    ]  # fmt: skip
+    assert not [key for key in summary.summarize(result([[2, 2, 2]] * 5)) if "rank" in key]
 
 
 def test_sliding_windows_cut_what_is_read() -> None:

@@ -18,6 +18,7 @@ from mlflow_llmbench.config.cells import (
 )
 from mlflow_llmbench.config.spec import cell_fields, parse
 from mlflow_llmbench.records.cell import Cell, as_text
+from mlflow_llmbench.records.errors import UsageError
 from mlflow_llmbench.records.results import ModelFacts
 
 MODEL = ModelFacts("opt-125m", "preset", "facebook/opt-125m", "abc")
@@ -63,6 +64,7 @@ def test_names_say_the_model_and_what_varies() -> None:
     assert cell_name(cell, ["model", "quant", "prompt_tokens"]) == "my-model int4 prompt_tokens=64"
     assert cell_name(cell, ["prompt_tokens", "output_tokens", "threads"]) == "my-model 64+128 threads=auto"
     assert cell_name(cell, ["quant", "int8_threshold"]) == "my-model int4"
+    assert cell_name(dataclasses.replace(cell, tensor_parallel=2), ["tensor_parallel"]) == "my-model tp2"
     assert sweep_name(parse({"quant": "int8,int4", "batch_size": "1,2"})) == "opt-125m: quant × batch_size"
 
 
@@ -71,6 +73,7 @@ def test_names_say_the_model_and_what_varies() -> None:
     [
         ({"quant": "int4", "batch_size": 4}, "opt-125m int4 b4 128+128"),
         ({"prompt_tokens": None, "workload": "data/qa.jsonl", "output_tokens": 64}, "opt-125m none b1 qa.jsonl+64"),
+        ({"tensor_parallel": 2}, "opt-125m none b1 tp2 128+128"),
         ({"batching": "dynamic", "batch_size": 8, "request_rate": 2.5}, "opt-125m none dynamic b8 2.5/s 128+128"),
         ({"backend": "openai", "url": "http://h", "concurrency": 2}, "opt-125m online c2 128+128"),
         ({"backend": "openai", "launch": "serve {quant}", "quant": "q4"}, "opt-125m q4 online c1 128+128"),
@@ -88,7 +91,7 @@ def test_names_that_are_cut_still_tell_cells_apart() -> None:
 OFFLINE = {
     "model", "weights", "revision", "backend", "quant", "batch_size", "prompt_tokens", "output_tokens", "workload",
     "history", "warmup", "repetitions", "max_repetitions", "precision_target", "processes", "device", "threads",
-    "attention", "kv_cache", "decode", "seed", "trust_remote_code", "allow_pickle",
+    "tensor_parallel", "attention", "kv_cache", "decode", "seed", "trust_remote_code", "allow_pickle",
 }  # fmt: skip
 ONLINE = {
     "model", "backend", "prompt_tokens", "output_tokens", "workload", "history", "warmup", "repetitions",
@@ -107,7 +110,7 @@ SERVED = {"backend": "openai", "url": "http://h"}
         ({"quant": "gptq"}, OFFLINE | {"group_size"}),
         ({"quant": "mixed", "quant_budget": "5"}, OFFLINE | {"quant_budget"}),
         ({"decode": "assisted", "assistant": "m"}, OFFLINE | {"assistant", "draft_tokens"}),
-        ({"backend": "llama_cpp"}, OFFLINE | {"gpu_layers", "mmap"}),
+        ({"backend": "llama_cpp"}, OFFLINE - {"tensor_parallel"} | {"gpu_layers", "mmap"}),
         ({"batching": "static", "request_rate": 1.0}, OFFLINE | {"batching", "request_rate", "arrival", "requests"}),
         (SERVED, ONLINE),
         ({**SERVED, "request_rate": 1.0}, ONLINE - {"concurrency"} | {"request_rate", "arrival"}),
@@ -162,3 +165,30 @@ def test_more_threads_may_be_in_time_and_need_no_less_memory() -> None:
     assert needs_no_less(two, one)
     assert not needs_no_less(two, one, compare_time=True)
     assert needs_no_less(dataclasses.replace(one, output_tokens=one.output_tokens + 1), one, compare_time=True)
+
+
+def test_ranks_are_part_of_a_configuration_and_of_its_load() -> None:
+    one, two = expand_cells(parse({"model": "m", "tensor_parallel": "1,2"}))
+    model = ModelFacts("m", "folder", "/m", "r")
+    assert config_hash(one, model) != config_hash(two, model)
+    assert config_hash(one, model) == "51901ddb4abe0414"  # as before there were ranks
+    assert len(group_cells([one, two])) == 2
+    assert not needs_no_less(two, one) and not needs_no_less(one, two)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"backend": "fake"}, r"^tensor_parallel is a setting of transformers, which does not run every cell\. Give "
+                              r"backend=transformers, or leave it out\.$"),
+        ({"quant": "none,q8_0"}, r"^tensor_parallel is a setting of transformers, which does not run every cell\."),
+        ({"on": "ray"}, r"^tensor_parallel=2 starts its ranks on this machine, and on=ray measures on others\."),
+        ({"batching": "dynamic", "request_rate": "5"}, r"^tensor_parallel=2 works for single batches only"),
+        ({"history": "none,kept", "workload": "chat", "prompt_tokens": "auto"}, r"^tensor_parallel=2 keeps no history"),
+        ({"quality_tasks": "arc_easy"}, r"^lm-eval calls the model in one process, and tensor_parallel=2 runs it in "),
+    ],
+)  # fmt: skip
+def test_what_is_not_measured_in_ranks(given: dict[str, str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse({"tensor_parallel": "1,2", **given})
+    parse({"tensor_parallel": "1", **({} if "backend" in given else given)})

@@ -43,6 +43,7 @@ def test_defaults_are_those_of_the_vocabulary() -> None:
         "processes": "1",
         "device": "auto",
         "threads": "auto",
+        "tensor_parallel": "1",
         "worker_python": "none",
         "attention": "auto",
         "decode": "generate",

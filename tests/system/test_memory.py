@@ -67,7 +67,24 @@ def test_bytes_in_file_mappings(tmp_path: Path) -> None:
         mapped = np.frombuffer(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
     own = np.ones(4 * MB, dtype=np.uint8)
     spans = [(mapped.ctypes.data + 100, 1 * MB), (own.ctypes.data, own.nbytes)]
-    assert memory.mapped_bytes(spans) == 1 * MB
+    assert memory.union_bytes(memory.mapped_parts(spans)) == 1 * MB
+
+
+@linux
+def test_parts_of_files_are_told_by_their_place_in_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(os.urandom(4 * MB))
+    page = mmap.ALLOCATIONGRANULARITY
+    with file.open("rb") as opened:
+        mapped = np.frombuffer(mmap.mmap(opened.fileno(), 2 * MB // page * page, access=mmap.ACCESS_READ, offset=page),
+                               dtype=np.uint8)  # fmt: skip
+    assert memory.mapped_parts([(mapped.ctypes.data + 100, 50)]) == [(str(file), page + 100, page + 150)]
+
+
+def test_what_lies_in_several_parts_of_files_counts_once() -> None:
+    parts = [("b", 0, 10), ("a", 0, 10), ("a", 5, 8), ("a", 8, 12), ("a", 20, 21), ("b", 0, 10)]
+    assert memory.union_bytes(parts) == 12 + 1 + 10
+    assert memory.union_bytes([]) == 0
 
 
 def test_an_ended_process_has_no_memory() -> None:

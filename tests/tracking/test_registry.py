@@ -440,6 +440,7 @@ def test_each_quantization_becomes_its_recipe() -> None:
         ("backend", "openai", "backend=openai cannot be registered"),
         ("decode", "compiled", "decode=compiled cannot be served yet"),
         ("kv_cache", "fp8", "kv_cache=fp8 cannot be served yet"),
+        ("tensor_parallel", 2, "tensor_parallel=2 cannot be served yet: the registered model runs in one process"),
         ("quant", "int8-wo", "quant=int8-wo cannot be registered yet"),  # its load says no method
         ("quant", "gptq", "does not say where its model files are"),
         (
@@ -450,7 +451,7 @@ def test_each_quantization_becomes_its_recipe() -> None:
         ("history", "kept", "history=kept cannot be served: .* Measure with history=recomputed"),
     ],
 )
-def test_what_cannot_be_served_is_not_registered(field: str, value: str, message: str) -> None:
+def test_what_cannot_be_served_is_not_registered(field: str, value: object, message: str) -> None:
     result = real("none")
     with pytest.raises(UsageError, match=message):
         deploy(dataclasses.replace(result, cell=dataclasses.replace(result.cell, **{field: value})))

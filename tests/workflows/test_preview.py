@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from mlflow_llmbench.cli.main import main
 from mlflow_llmbench.config import models, spec
 from mlflow_llmbench.config.cells import expand_cells
 from mlflow_llmbench.config.choices import GRIDS
+from mlflow_llmbench.config.model_shape import PROCESS_BYTES
 from mlflow_llmbench.config.spec import parse
 from mlflow_llmbench.records.cell import Cell, default_text
 from mlflow_llmbench.records.errors import MissingError, UsageError
@@ -138,6 +141,33 @@ def test_a_refusal_for_memory_has_sizes_that_differ() -> None:
     cell, facts = Cell(model="m", quant="bf16"), ModelFacts("m", "folder", "/m", "r")
     found = estimate.refusal(cell, facts, 606_000_000, (550_000_000, "are allowed by memory_limit"))
     assert found and "needs about 0.606 GB, and 0.550 GB are allowed by memory_limit. " in found.sentence
+
+
+def test_ranks_share_the_weights_and_add_their_processes(nvml: Callable[[str], None]) -> None:
+    preset = models.PRESETS["llama-2-13b"]
+    facts = ModelFacts("llama-2-13b", "preset", "m", "main", config=dict(preset.config), dtype="float16")
+    one = Cell(model="llama-2-13b", quant="fp16", device="cpu", prompt_tokens=64, output_tokens=16)
+    sizes = [
+        estimate.predicted_bytes(dataclasses.replace(one, tensor_parallel=ranks), facts, preset.shape) or 0
+        for ranks in (1, 2, 4)
+    ]
+    weights = preset.shape.weight_bytes("fp16", "float16")
+    assert sizes[1] - sizes[0] == (sizes[2] - sizes[1]) // 2  # each further rank adds as much
+    assert PROCESS_BYTES < sizes[1] - sizes[0] < PROCESS_BYTES + 0.01 * weights
+    nvml("driver 570\ngpu GPU-1 A\ngpu GPU-2 A\n")
+    two = dataclasses.replace(one, device="cuda", tensor_parallel=2)
+    room = (20 * 10**9, estimate.ON_GPU)
+    assert weights > room[0] and estimate.refusal(two, facts, sizes[1], room) is None
+    refused = estimate.refusal(two, facts, sizes[1], (12 * 10**9, estimate.ON_GPU))
+    assert refused and refused.sentence.startswith(
+        "llama-2-13b with quant=fp16, batch_size=1, tensor_parallel=2 needs about 13.4 GB on each of 2 GPUs, and "
+        "12.0 GB are free on the GPU. "
+    )
+    rates = {"read_bytes_per_s": 1e9, "flops_per_s": 1e15}
+    times = [estimate.least_seconds(cell, facts, preset.shape, rates) or 0 for cell in (one, two)]
+    assert times[1] == pytest.approx(times[0] / 2)
+    on_cpu = dataclasses.replace(two, device="cpu")
+    assert estimate.least_seconds(on_cpu, facts, preset.shape, rates) == times[0]
 
 
 def test_the_plan_says_cells_memory_time_and_refusals(

@@ -191,6 +191,11 @@ def _refuse(result: RunResult, evidence: Evidence) -> None:
         )
     if cell.kv_cache is not None and not from_file:
         raise UsageError(f"kv_cache={cell.kv_cache} cannot be served yet. Measure with kv_cache=auto.")
+    if cell.tensor_parallel > 1:
+        raise UsageError(
+            f"tensor_parallel={cell.tensor_parallel} cannot be served yet: the registered model runs in one process. "
+            "Measure with tensor_parallel=1."
+        )
     if cell.decode not in SERVED_DECODES:
         raise UsageError(f"decode={cell.decode} cannot be served yet. Measure with decode={', '.join(SERVED_DECODES)}.")
 

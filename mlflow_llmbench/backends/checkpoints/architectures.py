@@ -77,12 +77,45 @@ def no_generator_in_gguf(architecture: str) -> str | None:
 
 
 @functools.cache
+def _text_of_plan(kind: str) -> bool | None:
+    """Return True if transformers' configuration of a model type has a plan to shard it; None without such a type."""
+    for folder in _folders():
+        for file in sorted(Path(folder, "models").glob("*/configuration_*.py")):
+            text = file.read_text(encoding="utf-8")
+            if f'model_type = "{kind}"' not in text:
+                continue
+            for one in ast.parse(text).body:
+                own = {
+                    target.id: statement.value
+                    for statement in (one.body if isinstance(one, ast.ClassDef) else ())
+                    if isinstance(statement, ast.Assign | ast.AnnAssign)
+                    for target in (statement.targets if isinstance(statement, ast.Assign) else [statement.target])
+                    if isinstance(target, ast.Name)
+                }
+                named = own.get("model_type")
+                if isinstance(named, ast.Constant) and named.value == kind:
+                    plan = own.get("base_model_tp_plan")
+                    return isinstance(plan, ast.Dict) and bool(plan.keys)
+    return None
+
+
+def has_tensor_plan(config: Mapping[str, Any]) -> bool | None:
+    """Return True if transformers knows how to shard the layers of an architecture over devices; None if unknown."""
+    kind = str(config.get("model_type") or "")
+    return _text_of_plan(kind) if kind and "auto_map" not in config else None
+
+
+def _folders() -> list[str]:
+    """Return the folders of the installed transformers."""
+    found = importlib.util.find_spec("transformers")
+    return [] if found is None else [*(found.submodule_search_locations or ())]
+
+
+@functools.cache
 def _tables() -> Mapping[str, frozenset[str]]:
     """Return the model types of transformers' tables, by purpose, and all that it has; empty if they cannot be read."""
-    found = importlib.util.find_spec("transformers")
-    folders = [] if found is None else [*(found.submodule_search_locations or ())]
     tables: dict[str, frozenset[str]] = {}
-    for folder in folders:
+    for folder in _folders():
         for file in ("modeling_auto.py", "auto_mappings.py", "configuration_auto.py"):
             path = Path(folder, "models", "auto", file)
             if path.is_file():

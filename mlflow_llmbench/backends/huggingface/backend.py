@@ -25,11 +25,14 @@ from ...system import gpu, machine
 from ...workloads.prompts import turn_texts
 from ..base import CHECKPOINT, Capabilities, DeviceMemory, Emit, Token
 from ..checkpoints import files, sources
+from ..parallel import RankMemory
 from ..peak_rates import device_cache_bytes, measure_peaks
-from . import decoding, logits, mixed, quantization, recipe
+from . import decoding, logits, mixed, quantization, recipe, sharding
 from .continuous import ContinuousEngine
-from .decoding import DecodePath
+from .decoding import DecodePath, History
 from .inspection import Inspection, inspect_model, touch, verify, verify_plan
+from .ranks import Ranks
+from .streamer import Streamer, late_check
 
 if TYPE_CHECKING:
     import torch
@@ -53,13 +56,15 @@ class TransformersBackend:
         attentions=ATTENTIONS,
         decodes=DECODES,
         kv_caches=tuple(decoding.KV_BACKENDS),
+        parameters=("tensor_parallel",),
         serving=CHECKPOINT,
     )
 
-    def __init__(self, cell: Cell, model: ModelFacts) -> None:
+    def __init__(self, cell: Cell, model: ModelFacts, rank: int = 0) -> None:
         self.cell = cell
         self.facts = model
-        self.device = machine.require_device(cell.device)
+        self.rank = rank
+        self.device = sharding.device_of(machine.require_device(cell.device), cell, rank)
         self.meter = gpu.meter_of(self.device)
         self.model: Any = None
         self.tokenizer: Any = None
@@ -69,6 +74,10 @@ class TransformersBackend:
         self.load_s = 0.0
         self.plan: QuantPlan | None = None
         self._watch: logits.Watch | None = None
+        self.ranks: Ranks | None = None  # the others, if this is the first of several
+        self.rank_pids: tuple[int, ...] = ()
+        self.store = ""
+        self.parts: list[sharding.Part] = []
 
     @classmethod
     def resolve(cls, cell: Cell) -> ModelFacts:
@@ -84,12 +93,18 @@ class TransformersBackend:
                 )
         quantization.require(cell)
         decoding.require(cell, machine.require_device(cell.device))
+        sharding.require(cell)
         model = sources.find_model(cell)
         quantization.require_for(model)
         model = (
             dataclasses.replace(model, quant_plan=mixed.read_plan(cell.quant_plan, model)) if cell.quant_plan else model
         )
         return sources.with_assistant(cell, model)
+
+    @classmethod
+    def refusal(cls, cell: Cell, model: ModelFacts) -> str | None:
+        """Say why a cell cannot be measured with this model, and what to do; None if it can."""
+        return sharding.refusal(cell, model)
 
     @classmethod
     def prepare(cls, cell: Cell, model: ModelFacts) -> None:
@@ -108,7 +123,18 @@ class TransformersBackend:
     # Loading
 
     def load(self) -> LoadInfo:
-        """Load, verify and touch the model. The time covers loading from local files and touching, not verification."""
+        """Load, verify and touch the model. The time covers loading from local files and touching, not verification.
+
+        With several ranks each loads its part, and the time is that of the last one.
+        """
+        if self.ranks:
+            self.ranks.ask("load")
+        info = self._load()
+        if self.ranks:
+            self.parts = sharding.parts_of(self.parts[0], self.ranks.answers())
+        return sharding.whole(info, self.parts) if self.ranks else info
+
+    def _load(self) -> LoadInfo:
         import torch
         from transformers import GenerationConfig
 
@@ -117,6 +143,8 @@ class TransformersBackend:
             files.require_whole(self.facts.name, Path(folder))
         self.weights_format = "gguf" if gguf_file else files.weights_format(folder)
         self._take_device()
+        if self.store:
+            sharding.join(self.cell, self.device, self.rank, self.store)
         self.plan = mixed.plan_of(self.cell, self.facts) if self.cell.quant == MIXED else None
         dtype, keywords = self._dtype(), self._load_keywords(gguf_file)
         how, place = (self._recipe(gguf_file, dtype), self.device) if self.plan is None else ({}, "cpu")
@@ -144,7 +172,9 @@ class TransformersBackend:
                 f"transformers cannot run {gguf_file} packed: it was unpacked to {', '.join(found.dtypes)}. "
                 "Say so with quant=bf16, fp16 or fp32, or run it as it is with backend=llama_cpp."
             )
-        return self._load_info(self.load_s, found)
+        info = self._load_info(self.load_s, found)
+        self.parts = [sharding.Part.of(info, found)]
+        return info
 
     def _take_device(self) -> None:
         """Make the device the current one of the libraries that ask for no other, and check which GPU it is."""
@@ -170,7 +200,8 @@ class TransformersBackend:
         return assistant
 
     def describe(self) -> LoadInfo:
-        return self._load_info(self.load_s, inspect_model(self.model))
+        info = self._load_info(self.load_s, inspect_model(self.model))
+        return sharding.whole(info, self.parts) if self.ranks else info
 
     def _dtype(self) -> str:
         """The dtype to load with: torch's name of it, or `auto`."""
@@ -191,6 +222,7 @@ class TransformersBackend:
         keywords: dict[str, Any] = {
             "local_files_only": True,
             "trust_remote_code": self.cell.trust_remote_code,
+            **sharding.load_keywords(self.cell),
         }
         if self.cell.attention != "auto":
             keywords["attn_implementation"] = self.cell.attention
@@ -245,12 +277,13 @@ class TransformersBackend:
     # Generating
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], output_tokens: int, emit: Emit, history: _History | None = None
+        self, prompts: Sequence[Sequence[int]], output_tokens: int, emit: Emit, history: History | None = None
     ) -> None:
         assert self.path
         # generate() skips the part of the prompt that the cache holds.
         arguments = {"past_key_values": history.cache} if history else self.path.arguments()
-        self._generate(prompts, output_tokens, emit, self.path.settings(), arguments)
+        with self._together("generate", prompts, output_tokens):
+            self._generate(prompts, output_tokens, emit, self.path.settings(), arguments)
         if history is None:
             self.path.finish(arguments, len(prompts))
 
@@ -296,12 +329,12 @@ class TransformersBackend:
             eos_token_id=None,
             **fields,
         )
-        streamer: Any = _Streamer(emit)
+        streamer: Any = Streamer(emit)
         if self._watch:
             arguments = {**arguments, **self._watch.arguments()}
         with foreign_errors("generating"), torch.inference_mode(), contextlib.ExitStack() as stack:
             if not self._checked_late:
-                streamer = stack.enter_context(_late_check(self.model, streamer))
+                streamer = stack.enter_context(late_check(self.model, streamer))
                 self._checked_late = True
             ids, mask = ids.to(self.model.device), mask.to(self.model.device)
             self.model.generate(ids, attention_mask=mask, generation_config=settings, streamer=streamer, **arguments)
@@ -315,10 +348,10 @@ class TransformersBackend:
         finally:
             self._watch = None
 
-    def new_history(self) -> _History:
+    def new_history(self) -> History:
         from transformers import DynamicCache
 
-        return _History(DynamicCache(config=self.model.config))
+        return History(DynamicCache(config=self.model.config))
 
     def open_engine(self, rows: int, longest: int, on_step: Callable[[Sequence[Token]], None]) -> ContinuousEngine:
         try:
@@ -368,32 +401,36 @@ class TransformersBackend:
             if "logits_to_keep" in inspect.signature(self.model.forward).parameters
             else {}
         )
-        with foreign_errors("scoring"), torch.inference_mode():
+        with self._together("logits", list(ids), last), foreign_errors("scoring"), torch.inference_mode():
             batch = batch.to(self.model.device)
             mask = torch.ones_like(batch)
             if through_cache:
-                return self._logits_through_cache(batch, mask, last, keep)
+                assert self.path
+                return self.path.logits_through_cache(batch, mask, last, keep)
             found: torch.Tensor = self.model(input_ids=batch, attention_mask=mask, use_cache=False, **keep).logits
             return found[0, -last:]
 
-    def _logits_through_cache(
-        self, batch: torch.Tensor, mask: torch.Tensor, last: int, keep: dict[str, int]
-    ) -> torch.Tensor:
-        """Compute the logits of the last ids through the quantized KV cache.
+    # Ranks
 
-        A prefill gives those of the first; a second pass, which reads the prefill from the cache, gives the others.
-        """
-        import torch
+    def start_ranks(self) -> None:
+        self.ranks = Ranks(self.cell, self.facts)
+        self.store = str(self.ranks.store)
+        self.rank_pids = self.ranks.start()
 
-        assert self.path
-        cache, begin = self.path.arguments()["past_key_values"], batch.shape[1] - last + 1
-        first = self.model(
-            input_ids=batch[:, :begin], attention_mask=mask[:, :begin], past_key_values=cache, use_cache=True, **keep
-        ).logits[0, -1:]
-        others = self.model(
-            input_ids=batch[:, begin:], attention_mask=mask, past_key_values=cache, use_cache=True
-        ).logits[0]
-        return torch.cat([first, others])
+    def ready(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> None:
+        assert self.ranks
+        self.ranks.begin("generate", prompts, output_tokens)
+
+    def _together(self, name: str, *arguments: Any) -> contextlib.AbstractContextManager[None]:
+        return self.ranks.together(name, *arguments) if self.ranks else contextlib.nullcontext()
+
+    def rank_memory(self) -> tuple[RankMemory, ...]:
+        assert self.ranks
+        return self.ranks.memory(self.device_memory(), self.parts if self.model else [])
+
+    def end_ranks(self) -> None:
+        if self.ranks:
+            self.ranks.close()
 
     # Device
 
@@ -401,6 +438,9 @@ class TransformersBackend:
         if self.meter is None:
             return None
         import torch
+
+        if self.ranks and reset:
+            self.ranks.device_memory(reset)
 
         seen = DeviceMemory(
             torch.cuda.memory_allocated(self.device),
@@ -419,6 +459,8 @@ class TransformersBackend:
         return found
 
     def close(self) -> None:
+        if self.ranks:
+            self.ranks.ask("close")
         self.model = self.tokenizer = self.path = None
         if self.cell.decode == "compiled":  # its graphs hold memory
             import torch
@@ -427,6 +469,8 @@ class TransformersBackend:
         self.trim()
 
     def trim(self) -> None:
+        if self.ranks:
+            self.ranks.ask("trim")
         gc.collect()
         if self.device.startswith("cuda"):
             import torch
@@ -438,60 +482,3 @@ class TransformersBackend:
             import torch
 
             torch.cuda.synchronize(self.device)
-
-
-class _History:
-    """The KV cache of a conversation."""
-
-    def __init__(self, cache: Any) -> None:
-        self.cache = cache
-
-    @property
-    def tokens(self) -> int:
-        return int(self.cache.get_seq_length())
-
-
-class _Streamer:
-    """Passes the ids of each step on.
-
-    generate() calls `put` first with the prompt, then once per step with ids that are on the host.
-    """
-
-    def __init__(self, emit: Emit) -> None:
-        self.emit = emit
-        self.put: Emit = self._skip_prompt
-
-    def _skip_prompt(self, value: Any) -> None:
-        self.put = self.emit
-
-    def end(self) -> None:
-        """Do nothing: nothing is buffered."""
-
-
-@contextlib.contextmanager
-def _late_check(model: Any, streamer: _Streamer) -> Iterator[Any]:
-    """Raise NotRealised unless the first token is emitted after exactly one forward pass.
-
-    With a deferred stop check, which transformers uses where reading the device is slow, each token would be emitted
-    one step late, and every TTFT would be one step too long. Done once per load, in the very first call, which is a
-    warm-up.
-    """
-    forwards: list[int] = []
-    seen_at_first: list[int] = []
-    hook = model.register_forward_hook(lambda *_: forwards.append(1))
-    emit = streamer.emit
-
-    def counting(step: Any) -> None:
-        if not seen_at_first:
-            seen_at_first.append(len(forwards))
-        emit(step)
-
-    try:
-        yield _Streamer(counting)
-    finally:
-        hook.remove()
-    if seen_at_first and seen_at_first[0] != 1:
-        raise NotRealised(
-            f"The first token was emitted after {seen_at_first[0]} forward passes, not 1, so all stamps would be late. "
-            "Use a transformers version without a deferred stop check on this device."
-        )

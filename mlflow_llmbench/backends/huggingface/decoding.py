@@ -13,7 +13,7 @@ import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...records.cell import Cell
 from ...records.errors import MeasurementError, MissingError, NotRealised
@@ -22,6 +22,9 @@ from ...records.quantizations import install_command
 from ...records.text import plural
 from . import quantization
 from .inspection import stored_bytes
+
+if TYPE_CHECKING:
+    import torch
 
 COMPILE_TOKENS = 4
 """Output tokens of a run that compiles: one of the prefill, and three decode steps.
@@ -136,6 +139,24 @@ class DecodePath:
                 sum(map(stored_bytes, [*quantized, *residual])) / rows / int(cache.get_seq_length())
             )
 
+    def logits_through_cache(
+        self, batch: torch.Tensor, mask: torch.Tensor, last: int, keep: dict[str, int]
+    ) -> torch.Tensor:
+        """Compute the logits of the last ids (1, tokens) through the quantized KV cache.
+
+        A prefill gives those of the first; a second pass, which reads the prefill from the cache, gives the others.
+        """
+        import torch
+
+        cache, begin = self.arguments()["past_key_values"], batch.shape[1] - last + 1
+        first = self.model(
+            input_ids=batch[:, :begin], attention_mask=mask[:, :begin], past_key_values=cache, use_cache=True, **keep
+        ).logits[0, -1:]
+        others = self.model(
+            input_ids=batch[:, begin:], attention_mask=mask, past_key_values=cache, use_cache=True
+        ).logits[0]
+        return torch.cat([first, others])
+
     def empty(self) -> None:
         """Empty the static cache in place, because its addresses are compiled into the step."""
         import torch
@@ -238,3 +259,14 @@ def _fix_proposals(assistant: Any, count: int) -> None:
     settings.num_assistant_tokens_schedule = "constant"
     settings.assistant_confidence_threshold = 0.0
     assistant.generation_config = settings
+
+
+class History:
+    """The KV cache of a conversation."""
+
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
+
+    @property
+    def tokens(self) -> int:
+        return int(self.cache.get_seq_length())

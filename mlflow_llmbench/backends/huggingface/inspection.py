@@ -47,8 +47,9 @@ class Inspection:
     `layers`: its linear layers by class, without the output head · `linear_bits`: mean stored bits per weight of these
     and of the experts, metadata included; None if there are none · `expert_weights`: weights of experts that are not
     linear layers, which no quantization of this package changes · `dtypes`: of all parameters, with their numbers ·
-    `matrix_weights`: number of weights of linear layers, experts and embeddings, by dtype. Layers and experts are those
-    that a text passes, not those of a vision tower.
+    `matrix_weights`: number of weights of linear layers, experts and embeddings, by dtype · `mapped`: file, begin and
+    end of the parameters in file mappings. Layers and experts are those that a text passes, not those of a vision
+    tower. Of a model that is sharded over ranks, sizes and the layers' weights are those of this rank.
     """
 
     parameters: int
@@ -61,6 +62,7 @@ class Inspection:
     device: str
     expert_weights: int = 0
     matrix_weights: dict[str, int] = field(default_factory=dict)
+    mapped: tuple[tuple[str, int, int], ...] = ()
 
     @property
     def linear_classes(self) -> dict[str, int]:
@@ -109,19 +111,21 @@ def inspect_model(model: Any) -> Inspection:
                 device = str(tensor.device)
     layers = _by_class(recipe.linear_layers(model))
     experts = [*_experts(model)]
+    mapped = memory.mapped_parts(spans)
     weights = sum(one.weights for one in layers.values()) + sum(tensor.numel() for tensor in experts)
     stored = sum(one.bytes for one in layers.values()) + sum(map(stored_bytes, experts))
     return Inspection(
         parameters,
         weight_bytes,
         step_bytes,
-        memory.mapped_bytes(spans),
+        memory.union_bytes(mapped),
         8 * stored / weights if weights else None,
         layers,
         dict(dtypes),
         device,
         sum(tensor.numel() for tensor in experts),
         _matrix_weights(model, experts),
+        tuple(mapped),
     )
 
 
@@ -151,6 +155,7 @@ def stored_bytes(value: Any, module: Any = None) -> int:
 
 def _pieces(tensor: torch.Tensor, module: Any) -> Iterator[torch.Tensor]:
     """Yield the plain tensors that store a parameter: itself, its quantization state, or those in a tensor subclass."""
+    tensor = recipe.local(tensor)
     flatten = getattr(tensor, "__tensor_flatten__", None)
     if flatten is not None and not type(tensor).__module__.startswith("torch.nn"):
         for name in flatten()[0]:
@@ -205,10 +210,11 @@ def _input_only(model: Any) -> Iterator[str]:
 
 
 def _by_class(layers: Mapping[str, Any]) -> dict[str, LayerClass]:
-    """Return linear layers by class, counted."""
+    """Return linear layers by class, counted. Of a sharded layer, the weights and bytes that this rank holds count."""
     found: dict[str, LayerClass] = {}
     for name, layer in layers.items():
         inputs, outputs = recipe.layer_sizes(layer) or (0, 0)
+        outputs = round(outputs * recipe.held_share(layer))
         before = found.get(kind := recipe.layer_name(layer), LayerClass(0, 0, 0, name))
         rows, columns = PADDED.get(kind, (1, 1))
         stored = -(-outputs // rows) * rows * -(-inputs // columns) * columns

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from . import recipe
+
 if TYPE_CHECKING:
     import torch
 
@@ -53,6 +55,6 @@ class Watch:
         """Return the names of a few parameters that are not finite themselves, if logits were not."""
         if not self.nonfinite:
             return ()
-        named = self.model.named_parameters()
+        named = [(name, recipe.local(one)) for name, one in self.model.named_parameters()]
         found = [name for name, one in named if one.is_floating_point() and not bool(one.isfinite().all())]
         return tuple(found[:MOST_NAMES])

@@ -60,7 +60,8 @@ def load(location: str, recipe: Mapping[str, Any], *, device: str, dtype: str, *
     place = device if layers is None else "cpu"
     asked = dtype if dtype == "auto" else getattr(torch, dtype)
     with releasing_memory():
-        model, report = load_complete(location, dtype=asked, device_map={"": place}, **named)
+        placed = {} if "distributed_config" in named else {"device_map": {"": place}}  # ranks have their own devices
+        model, report = load_complete(location, dtype=asked, **placed, **named)
         if "linear" in recipe:
             _replace_linear(model, recipe["linear"], asked)
         if layers is not None:
@@ -362,11 +363,27 @@ def linear_layers(model: Any) -> dict[str, Any]:
 def layer_name(layer: Any) -> str:
     """Return a layer's class name, with that of its weight if it is a tensor subclass, which has another kernel."""
     weight = getattr(layer, "weight", None)
-    if not hasattr(weight, "__tensor_flatten__"):
+    if not hasattr(weight, "__tensor_flatten__") or is_sharded(weight):
         return type(layer).__name__
     # With act_quant_kwargs, activations are quantized too.
     dynamic = ", dynamic" if getattr(weight, "act_quant_kwargs", None) is not None else ""
     return f"{type(layer).__name__}({type(weight).__name__}{dynamic})"
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Return True for a tensor of which each rank holds a part: torch's `DTensor`."""
+    return type(tensor).__name__ == "DTensor"
+
+
+def local(tensor: Any) -> Any:
+    """Return the part of a tensor that this process holds: all of it, unless it is sharded."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def held_share(layer: Any) -> float:
+    """Return the share of a linear layer's weights that this process holds: 1, unless it is sharded over ranks."""
+    weight: Any = getattr(layer, "weight", None)
+    return local(weight).numel() / weight.numel() if is_sharded(weight) else 1.0
 
 
 def kernel(classes: Mapping[str, int]) -> str:
