@@ -377,7 +377,7 @@ def is_sharded(tensor: Any) -> bool:
 
 def local(tensor: Any) -> Any:
     """Return the part of a tensor that this process holds: all of it, unless it is sharded."""
-    return tensor.to_local() if is_sharded(tensor) else tensor
+    return tensor.detach().to_local() if is_sharded(tensor) else tensor
 
 
 def held_share(layer: Any) -> float:
