@@ -14,8 +14,6 @@ from typing import Any
 import pytest
 
 from mlflow_llmbench import load_results, run
-from mlflow_llmbench.cli.main import main
-from mlflow_llmbench.records.errors import UsageError
 from mlflow_llmbench.system import memory
 from tests.end_to_end.test_survival import alive, runs, start, states, until, without_model
 
@@ -33,9 +31,9 @@ def test_one_and_two_ranks_into_mlflow(store_uri: str, tiny_model: Path) -> None
     result = run(model=str(tiny_model), tensor_parallel="1,2", batch_size="1,4", threads=2, quality="auto", **CELL)
     assert [row.outcome for row in result.rows] == ["ok"] * 4, [row.message for row in result.rows]
     found = {without_model(one): one.data for one in runs(store_uri).values()}
-    assert {*found} == {"tp1 b1", "tp1 b4", "tp2 b1", "tp2 b4", "tensor_parallel × batch_size"}
+    assert {*found} == {"b1 tp1", "b4 tp1", "b1 tp2", "b4 tp2", "batch_size × tensor_parallel"}
     for rows in (1, 4):
-        one, two = found[f"tp1 b{rows}"], found[f"tp2 b{rows}"]
+        one, two = found[f"b{rows} tp1"], found[f"b{rows} tp2"]
         assert (one.params["tensor_parallel"], two.params["tensor_parallel"]) == ("1", "2")
         assert two.metrics["settings/tensor_parallel"] == 2 and two.params["model.ranks"] == "2"
         half = one.metrics["memory/weight_gb"] / 2
@@ -51,16 +49,6 @@ def test_one_and_two_ranks_into_mlflow(store_uri: str, tiny_model: Path) -> None
     ]
     assert all(request.rows == 4 for repetition in two_ranks.repetitions for request in repetition.requests)
     assert two_ranks.logits and two_ranks.logits.checked and not two_ranks.logits.nonfinite
-
-
-def test_a_plan_refuses_what_ranks_cannot_do(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["--model", str(tiny_model), "--quant", "bf16,int8", "--device", "cpu", "--prompt-tokens", "8"]
-    assert main(["plan", *given, "--tensor-parallel", "1,2,4"]) == 0
-    said = capsys.readouterr().out
-    assert "tensor_parallel=4 does not divide the 2 key and value heads" in said
-    assert "tensor_parallel=2 cannot shard quant=int8." in said
-    with pytest.raises(UsageError, match=r"^tensor_parallel=4 does not divide the 2 key and value heads of "):
-        run(model=str(tiny_model), tensor_parallel=4, **CELL)
 
 
 @contextmanager

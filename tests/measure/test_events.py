@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from mlflow_llmbench.backends.base import DeviceMemory
+from mlflow_llmbench.backends.parallel import RankMemory
 from mlflow_llmbench.measure import events, journal
 from mlflow_llmbench.measure.events import Event, Stage, StageMemory, decode, encode, from_data, to_data
 from mlflow_llmbench.measure.outcome import GroupOutcome, replay, stages_of, timeline_of
@@ -24,6 +25,7 @@ from mlflow_llmbench.records.results import (
     MemorySample,
     ModelFacts,
     Noise,
+    RankLoad,
     Repetition,
     RequestRecord,
     TaskScore,
@@ -47,10 +49,13 @@ EXAMPLES: Sequence[Event] = (
     Stage("loading", t_ns=5),
     StageMemory("loaded", HOST, DEVICE, t_ns=6),
     StageMemory("peak", None, None),
+    StageMemory("peak", HOST, DEVICE, (RankMemory(HOST, DEVICE), RankMemory(None, mapped=5))),
     events.PeaksMeasured({"read_bytes_per_s": 1e9}, None),
+    events.RanksStarted((78, 79)),
     events.ServerLaunched(77, HostMemory(5)),
     events.ModelLoaded(LoadInfo(3.25, facts={"model.dtype": "float16"})),
     events.LoadDescribed(LoadInfo(None)),
+    events.LoadDescribed(LoadInfo(None, devices=2, ranks=(RankLoad(4, 2), RankLoad(5)))),
     events.CellBegun(1, t_ns=7, node="far"),
     events.CompilationBegun(),
     events.MeasuringBegun(0),

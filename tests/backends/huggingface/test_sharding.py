@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +12,12 @@ import pytest
 from mlflow_llmbench.backends.checkpoints.architectures import has_tensor_plan
 from mlflow_llmbench.backends.huggingface import sharding
 from mlflow_llmbench.backends.huggingface.backend import TransformersBackend
+from mlflow_llmbench.cli.main import main
+from mlflow_llmbench.config.spec import parse
 from mlflow_llmbench.records.cell import Cell
-from mlflow_llmbench.records.errors import MissingError
+from mlflow_llmbench.records.errors import MissingError, UsageError
 from mlflow_llmbench.records.results import ModelFacts
+from mlflow_llmbench.sweeps.planning import plan
 
 LLAMA = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8,
          "num_key_value_heads": 4, "vocab_size": 100, "intermediate_size": 128}  # fmt: skip
@@ -98,3 +102,14 @@ def test_an_older_transformers_is_told_before_anything_starts(monkeypatch: pytes
 def test_the_threads_of_a_cell_are_divided() -> None:
     assert [sharding.threads_of(Cell(threads=4, tensor_parallel=ranks)) for ranks in (1, 2, 4, 8)] == [4, 2, 1, 1]
     assert "tensor_parallel" in TransformersBackend.capabilities.parameters
+
+
+def test_a_plan_refuses_single_cells_or_all(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["plan", "--model", str(tiny_model), "--device", "cpu", "--prompt-tokens", "8"]
+    assert main([*given, "--quant", "bf16", "--tensor-parallel", "1,2,4"]) == 0
+    said = capsys.readouterr().out
+    assert "1 cell would be refused (settings): tensor_parallel=4 does not divide the 2 key and value heads" in said
+    assert main([*given, "--quant", "int8", "--tensor-parallel", "1,2"]) == 0
+    assert "(settings): tensor_parallel=2 cannot shard quant=int8. " in capsys.readouterr().out
+    with pytest.raises(UsageError, match=r"^tensor_parallel=4 does not divide the 2 key and value heads of "):
+        plan(parse({"model": str(tiny_model), "tensor_parallel": "4", "device": "cpu", "prompt_tokens": "8"}))
