@@ -28,7 +28,7 @@ EXTRA_KEYS = {
     "creative.jsonl": set(),
     "domain.jsonl": {"domain"},
     "qa.jsonl": {"answer"},
-    "summarization.jsonl": {"reference"},
+    "summarization.jsonl": {"genre", "reference"},
 }
 
 
@@ -107,7 +107,11 @@ def test_qa_form():
 
 
 def test_summarization_form():
-    for row in load("summarization.jsonl"):
+    rows = load("summarization.jsonl")
+    assert [row["genre"] for row in rows] == ["news", "abstract"] * 10
+    for row in rows:
+        # A news article begins with its place, an abstract has no such line.
+        assert bool(re.match(r"[A-Z ]+ – ", row["prompt"])) is (row["genre"] == "news"), row["id"]
         article, end, rest = row["prompt"].partition("\n\nSummary:")
         assert end and not rest, row["id"]
         assert 300 <= len(article.split()) <= 800, row["id"]
