@@ -11,14 +11,12 @@ import shlex
 from collections.abc import Iterator
 
 from ..records.errors import UsageError
-from ..records.redaction import excerpt, is_secret_name, redact
+from ..records.redaction import excerpt, is_secret_name, looks_secret
 
 PLACEHOLDERS = ("model", "port", "quant")
 EXAMPLE = "launch='transformers serve {model} --port {port}'"
 _GIVEN = re.compile(r"(?<![\w-])(?P<name>--?[A-Za-z][\w.-]{0,99}|[A-Za-z_]\w{0,99}(?==))")
 """An option, or a variable before its value, also in the quotes of `sh -c '…'`."""
-_RUN, _KINDS = re.compile("[A-Za-z0-9]{24,}"), [re.compile(kind) for kind in ("[a-z]", "[A-Z]", "[0-9]")]
-"""Keys are long runs of letters of both cases and digits. Names have separators, and digests one case."""
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 SCHEME = re.compile(r"[\w.+-]{1,64}", re.ASCII)
 """A quantization named in a server's own word."""
@@ -53,8 +51,7 @@ def check_command(text: str) -> str:
 def _refuse_secrets(text: str) -> None:
     """Raise UsageError for an option or a variable that is named as a secret, or a value that looks like a key."""
     named = next((found["name"] for found in _GIVEN.finditer(text) if is_secret_name(found["name"])), None)
-    random = next((word for word in _RUN.findall(text) if all(part.search(word) for part in _KINDS)), None)
-    if named or random or redact(text) != text:
+    if named or looks_secret(text):
         kind = "an option" if (named or "").startswith("-") else "a variable"
         told = f"{kind} that is named as a secret, {named}," if named else "what looks like a secret"
         raise UsageError(

@@ -52,6 +52,12 @@ _NAMED = (
     r"|(?:access|auth|security|sas)[-_]?token)"
 )
 _DIGIT, _LOWER, _CAPITAL = (re.compile(f"[{letters}]") for letters in ("0-9", "a-z", "A-Z"))
+_VARIABLE = re.compile(r"\$(?:\{[A-Z_][A-Z0-9_]*\}|[A-Z_][A-Z0-9_]*)")
+"""A reference to an environment variable (see `references`), which stands in a parameter in place of a secret."""
+_RANDOM = re.compile("[A-Za-z0-9]{24,}")
+"""Keys are long runs of letters of both cases and digits. Names have separators, and digests one case."""
+_KEPT: set[str] = set()
+"""Values that were read for references of a parameter: secrets of this process, whatever their variables are called."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +86,10 @@ def _mixed(secret: str) -> bool:
     return bool(_DIGIT.search(secret) and _LOWER.search(secret))
 
 
+def _literal(secret: str) -> bool:
+    return not _VARIABLE.fullmatch(secret)
+
+
 _USER = _shape("@", r"//(?P<secret>[^\s/?#@\"'<>]{1,512})@")
 _PASSWORD = _shape(
     "@", r"//(?P<secret>[^\s/@:\"'<>]{0,128}:(?!\d+(?:[/?#\s]|$))[^\s\"'<>]{1,512}?)@(?![^\s/?#\"'<>]*@)"
@@ -92,7 +102,9 @@ SHAPES = (
         rf"(?i)[?&;](?:[\w.-]{{0,64}}(?:signature|{_NAMED})|sig|key|token|auth|awsaccesskeyid)="
         r"(?P<secret>[^&\s'\"<>]+)",
     ),
-    _shape(": =", rf"(?i){_NAMED}[\"']?\s*[=:]\s*[\[({{]?\s*[\"']?(?P<secret>[^\s\"',;&]{{{LEAST_LENGTH},}})"),
+    _shape(
+        ": =", rf"(?i){_NAMED}[\"']?\s*[=:]\s*[\[({{]?\s*[\"']?(?P<secret>[^\s\"',;&]{{{LEAST_LENGTH},}})", _literal
+    ),
     _shape("token", r"(?i)token[\"']?\s*[=:]\s*[\[({]?\s*[\"']?(?P<secret>[\w.+/~=-]{16,})", _mixed),
     _shape(
         "--",
@@ -100,11 +112,13 @@ SHAPES = (
         lambda secret: not secret.isdecimal(),
     ),
     _shape(
-        "authorization", r"(?i)\bauthorization[\"']?\s*[=:]\s*[\"']?(?!(?:bearer|basic)\b)(?P<secret>[^\s\"',;]{8,})"
+        "authorization",
+        r"(?i)\bauthorization[\"']?\s*[=:]\s*[\"']?(?!(?:bearer|basic)\b)(?P<secret>[^\s\"',;]{8,})",
+        _literal,
     ),
     _shape("bearer", r"(?i)\bbearer\s+(?P<secret>[\w.+/~=-]{8,})"),
     _shape("basic", r"(?i:\bbasic)\s+(?P<secret>[A-Za-z0-9+/]{8,}=*)", re.compile("[A-Z0-9=]").search),
-    _shape("cookie", r"(?i)\bcookie[\"']?\s*[=:]\s*[\"']?(?P<secret>[^\s\"'][^\r\n\"']{7,})"),
+    _shape("cookie", r"(?i)\bcookie[\"']?\s*[=:]\s*[\"']?(?P<secret>[^\s\"'][^\r\n\"']{7,})", _literal),
     _shape("hf_", r"(?P<secret>hf_[A-Za-z0-9]{30,})"),
     _shape("hf_", r"(?<![A-Za-z0-9])(?P<secret>hf_[A-Za-z0-9]{8,})", lambda secret: re.search("[A-Z0-9]", secret[3:])),
     _shape("_", r"(?P<secret>gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|api_org_[A-Za-z]{30,})"),
@@ -204,9 +218,21 @@ def is_secret_name(name: str) -> bool:
     )
 
 
+def looks_secret(text: str) -> bool:
+    """Return True if a text has what is masked, or a run of letters and digits such as keys are."""
+    runs = (all(kind.search(run) for kind in (_DIGIT, _LOWER, _CAPITAL)) for run in _RANDOM.findall(text))
+    return redact(text) != text or any(runs)
+
+
+def keep_secret(value: str) -> None:
+    """Mask a value from now on, as if it were that of a variable whose name is that of a secret."""
+    _KEPT.add(value)
+
+
 def known_secrets() -> Iterator[str]:
     """Yield the secrets that this process knows, longest first, so that none is masked only in part."""
-    telling = {secret for secret in (*_in_variables(tuple(os.environ.items())), *_in_files()) if _is_telling(secret)}
+    found = (*_in_variables(tuple(os.environ.items())), *_in_files(), *_KEPT)
+    telling = {secret for secret in found if _is_telling(secret)}
     telling |= {spelling for secret in telling for spelling in (quote(secret, safe=""), json.dumps(secret)[1:-1])}
     yield from sorted(telling, key=len, reverse=True)
 
