@@ -9,6 +9,7 @@ It speaks HTTP/1.1 as OpenAI-compatible servers do: /v1/completions and /v1/chat
     per_chunk                tokens in one event (default 1)
     per_write                events in one write (default 1)
     reasoning                number of tokens that come in the reasoning channel first
+    quiet                    field that switches the reasoning channel off in a request that has it
     field                    field of that channel (default reasoning_content); `parts`: parts of the content
     noise=1                  keep-alives and other objects before each event with tokens
     refuses=NAME;NAME        answer 400 to a request with any of these fields; `tell=0`: without naming it
@@ -65,7 +66,7 @@ NUMBERS = {
     "noise": 0.0, "tell": 1.0, "bad_at": 0.0, "cut_at": 0.0, "cut_byte": -1.0, "stale": 0.0, "refuse": 0.0, "hang": 0.0,
 }  # fmt: skip
 WORDS = {"gaps_ms": "", "eos": "ignorable", "usage": "last", "eol": "lf", "framing": "chunked", "flood": "", "odd": "",
-         "field": "reasoning_content", "refuses": ""}  # fmt: skip
+         "field": "reasoning_content", "quiet": "", "refuses": ""}  # fmt: skip
 NOISE = ("null", "", "{}", '{"choices": null}', '{"choices": []}', '{"object": "ping"}', '{"choices": [null]}')
 PARTS: dict[str, Any] = {
     "parts": lambda text: {"content": [{"type": "thinking", "thinking": [{"type": "text", "text": text}]}]},
@@ -138,11 +139,12 @@ class Answer:
     def events(self) -> Iterator[tuple[int, int, str]]:
         """Return (tokens in it, tokens so far, its data) of each event with tokens."""
         sofar = 0
+        reasoning = 0 if self.script.words["quiet"] in self.body else self.script["reasoning"]
         each = self.script.words["usage"] == "each"
         while sofar < self.tokens:
             size = int(min(self.script["per_chunk"], self.tokens - sofar))
             text = " word" * size
-            field = self.script.words["field"] if sofar < self.script["reasoning"] else "content"
+            field = self.script.words["field"] if sofar < reasoning else "content"
             delta = PARTS.get(field, lambda text, name=field: {name: text})(text)
             sofar += size
             finish = self.finish if sofar == self.tokens and self.finish == "length" else None
@@ -239,7 +241,8 @@ class Connection(asyncio.Protocol):
         if len(rest) < length:
             return
         body, self.received = rest[:length], rest[length:]
-        method, path, _ = first.split(" ", 2)
+        method, target, _ = first.split(" ", 2)
+        path = f"/{target.split('/', 3)[3]}" if target.startswith("http://") else target  # as a proxy passes it on
         self.task = asyncio.get_running_loop().create_task(self.answer(now, method, path, headers, body))
         self.server.open.add(self.task)
         self.task.add_done_callback(self.server.open.discard)
@@ -284,6 +287,7 @@ class Connection(asyncio.Protocol):
             "tokens": [],
             "chat": chat,
             "key": headers.get("authorization"),
+            "headers": headers,
             "asked": {k: v for k, v in body.items() if k not in ("model",)},
         }
         self.server.log[headers.get("x-request-id", str(len(self.server.log)))] = entry

@@ -11,15 +11,15 @@ import asyncio
 import contextlib
 import errno
 import gc
-import ipaddress
 import ssl
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from urllib.parse import urlsplit
 
 from ..records.errors import first_line
 from ..system.garbage import frozen_heap
+from .address import Address
+from .dialer import Dialer
 from .http1 import Connection, Exchange, Limits
 
 BEAT_S = 0.02
@@ -104,36 +104,6 @@ def merge(traces: Sequence[Trace]) -> Trace:
     )
 
 
-@dataclass(frozen=True)
-class Address:
-    """The address of a server: the parts of its URL."""
-
-    host: str
-    port: int
-    tls: bool
-    path: str
-
-    @property
-    def loopback(self) -> bool:
-        """Return True if the host is a loopback address or `localhost`."""
-        with contextlib.suppress(ValueError):
-            return ipaddress.ip_address(self.host).is_loopback
-        return self.host == "localhost"
-
-    @property
-    def authority(self) -> str:
-        """Return host and port as in a Host header."""
-        name = f"[{self.host}]" if ":" in self.host else self.host
-        return name if self.port == (443 if self.tls else 80) else f"{name}:{self.port}"
-
-
-def address_of(url: str) -> Address:
-    """Return the parts of a URL that `spec` has validated."""
-    parts = urlsplit(url)
-    tls = parts.scheme == "https"
-    return Address(parts.hostname or "", parts.port or (443 if tls else 80), tls, parts.path.rstrip("/"))
-
-
 def new_loop() -> asyncio.AbstractEventLoop:
     """Return an event loop of uvloop if it is installed, else of asyncio."""
     with contextlib.suppress(ImportError):
@@ -147,11 +117,11 @@ def new_loop() -> asyncio.AbstractEventLoop:
 class LoadClient:
     """Connections to one server, kept between loads."""
 
-    def __init__(self, address: Address, limits: Limits | None = None) -> None:
-        self.address = address
+    def __init__(self, address: Address, limits: Limits | None = None, tls: ssl.SSLContext | None = None) -> None:
+        """`tls` replaces the context of an https address that verifies by the system's authorities."""
         self.limits = limits or Limits()
         self.loop = new_loop()
-        self._tls = ssl.create_default_context() if address.tls else None  # verifies names and certificates
+        self.dialer = Dialer(self.loop, address, tls)
         self._idle: list[Connection] = []
         self._busy: dict[Connection, asyncio.Future[None]] = {}
 
@@ -196,6 +166,7 @@ class LoadClient:
         """
         for _ in range(2):
             await asyncio.sleep(0)
+        self.dialer.forget()  # a load begins with the addresses that its name has now
         self._idle = [connection for connection in self._idle if connection.usable]
         missing = [self.connect() for _ in range(number - len(self._idle))]
         self._idle += [
@@ -203,21 +174,19 @@ class LoadClient:
         ]
 
     async def connect(self, limits: Limits | None = None) -> Connection:
-        """Open a new connection. Raises OSError, ssl.SSLError or TimeoutError."""
+        """Open a new connection. Raises OSError, ssl.SSLError or asyncio.TimeoutError."""
         limits = limits or self.limits
-        name = self.address.host if self._tls else None
-        made = self.loop.create_connection(
-            lambda: Connection(limits, self._done),
-            self.address.host,
-            self.address.port,
-            ssl=self._tls,
-            server_hostname=name,
-        )
-        return (await asyncio.wait_for(made, limits.connect_s))[1]
+        dialed = self.dialer.connect(lambda: Connection(limits, self._done))
+        return await asyncio.wait_for(dialed, limits.connect_s)
 
     async def scrape(self, request: bytes) -> Exchange | None:
-        """Read the server's own metrics over a separate connection; None if it has none or does not answer in time."""
+        """Read the server's own metrics over a separate connection; None if it has none or does not answer in time.
+
+        Several addresses are several servers, each with metrics of its own, which are not read.
+        """
         exchange = Exchange(-1)
+        if self.dialer.several:
+            return None
         try:
             connection = await self.connect(SCRAPE_LIMITS)
             try:
@@ -233,9 +202,14 @@ class LoadClient:
         return self.loop.run_until_complete(self.scrape(request))
 
     def take(self) -> Connection | None:
-        """Return the open idle connection used last, which the server is the least likely to close, or None."""
+        """Return an open idle connection, or None.
+
+        It is the one used last, which the server is the least likely to close; of a server with several addresses the
+        one used first, so that all get their share.
+        """
+        position = 0 if self.dialer.several else -1
         while self._idle:
-            connection = self._idle.pop()
+            connection = self._idle.pop(position)
             if connection.usable:
                 return connection
         return None
@@ -392,6 +366,7 @@ class _Run:
             if exchange.status or exchange.fault or not reused or not at_once or attempt == 2:
                 return
             self.retries += 1
+            exchange.message = ""
 
     async def _beat(self) -> None:
         clock, beats = time.perf_counter_ns, 0

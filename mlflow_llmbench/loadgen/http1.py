@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import cast
 
+from ..records.errors import first_line
+
 HEAD_BYTES = 65536
 """Most bytes of a response's status line and headers."""
 
@@ -134,6 +136,8 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         """Part of asyncio.Protocol."""
+        if error is not None and self.exchange is not None and not self.exchange.status:
+            self.exchange.message = first_line(error, 120)  # such as an alert of TLS
         self._closed()
 
     def overdue(self, now: int) -> None:

@@ -21,7 +21,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,9 @@ MAX_LOG_BYTES = 16 << 20
 
 HEAD_BYTES, TAIL_BYTES = 1 << 16, 3 << 16
 """Bytes that are kept of the beginning and of the end of a log."""
+
+SECRETS = ("LLMBENCH_API_KEY", "LLMBENCH_TLS_PASSWORD")
+"""Environment variables of the client."""
 
 CUT = b"\n[... a part of the log is left out ...]\n"
 
@@ -70,9 +73,12 @@ def free_port() -> int:
 
 
 class ServerProcess:
-    """A server and its keeper. Raises MeasurementError if it cannot be started."""
+    """A server and its keeper. Raises MeasurementError if it cannot be started.
 
-    def __init__(self, arguments: Sequence[str], log: Path) -> None:
+    `hidden`: names of environment variables that are the client's and not the server's.
+    """
+
+    def __init__(self, arguments: Sequence[str], log: Path, hidden: Collection[str] = ()) -> None:
         self.log = log
         self.exit_code: int | None = None  # the server's, once it has ended by itself
         self._unread = b""
@@ -83,7 +89,7 @@ class ServerProcess:
             env=variables(os.environ),
             start_new_session=True,
         )
-        order = {"arguments": list(arguments), "log": str(log), "environment": _environment()}
+        order = {"arguments": list(arguments), "log": str(log), "environment": _environment(hidden)}
         assert self.keeper.stdin
         with contextlib.suppress(BrokenPipeError):
             self.keeper.stdin.write(json.dumps(order).encode() + b"\n")
@@ -147,12 +153,12 @@ class ServerProcess:
         return found
 
 
-def _environment() -> dict[str, str]:
-    """Return the server's environment: ours without the client's API key and what only our own processes need.
+def _environment(hidden: Collection[str]) -> dict[str, str]:
+    """Return the server's environment: ours without the client's secrets and what only our own processes need.
 
     Ours holds no credentials of a store.
     """
-    return without_ours({n: value for n, value in os.environ.items() if n != "LLMBENCH_API_KEY"})
+    return without_ours({n: value for n, value in os.environ.items() if n not in (*SECRETS, *hidden)})
 
 
 def log_end(log: Path, lines: int = 6) -> str:
