@@ -61,12 +61,13 @@ def ttft_error_ms(url: str) -> float:
     Every token count must be exact.
     """
     from mlflow_llmbench.backends.openai.answers import read_answer
-    from mlflow_llmbench.backends.openai.discovery import http_request
+    from mlflow_llmbench.backends.openai.http_requests import http_request
     from mlflow_llmbench.loadgen import client as client_loadgen
+    from mlflow_llmbench.loadgen.address import address_of
 
     asked = body(0) | {"model": "null:ttft_ms=50+itl_ms=20", "max_tokens": 20}
     read_log(url)
-    address = client_loadgen.address_of(url)
+    address = address_of(url)
     client = client_loadgen.LoadClient(address)
     trace = client.run(
         lambda n: http_request(address, "/v1/completions", asked, n),
@@ -87,12 +88,13 @@ def ttft_error_ms(url: str) -> float:
 def run_ours(url: str, uvloop: bool) -> tuple[dict[int, list[int]], float, float]:
     """Stamps by stream, CPU seconds while the streams ran, and with the parsing after them."""
     from mlflow_llmbench.backends.openai.answers import read_answer
-    from mlflow_llmbench.backends.openai.discovery import http_request
+    from mlflow_llmbench.backends.openai.http_requests import http_request
     from mlflow_llmbench.loadgen import client as client_loadgen
+    from mlflow_llmbench.loadgen.address import address_of
 
     if not uvloop:
         client_loadgen.new_loop = asyncio.new_event_loop
-    address = client_loadgen.address_of(url)
+    address = address_of(url)
     client = client_loadgen.LoadClient(address)
     client.ask(http_request(address, "/health"))
     trace = client.run(

@@ -17,6 +17,9 @@ ALLOWABLE = ("hardware", "software", "workload", "scenario", "schema", "verdict"
 STREAM = ("request_rate", "ramp_to", "arrival", "burstiness", "seed", "requests")
 """Parameters that set when the requests of an open loop come."""
 
+ANSWERS = ("temperature", "ignore_eos", "thinking", "extra_body")
+"""Parameters of requests that change what a server has to answer."""
+
 MEASURED = ("cell", "hashes", "started_ms", "ended_ms", "first_call_ms", "memory", "repetitions")
 """Fields of a result that two measurements cannot have in common, all together."""
 
@@ -60,7 +63,11 @@ def differences(a: RunResult, b: RunResult) -> list[Difference]:
                 else [Difference(kind, f"{kind} hash", hash_a, hash_b)]
             )
     named = {difference.name for difference in found}
-    found += [difference for difference in _streams(a.cell, b.cell) if difference.name not in named]
+    found += [
+        difference
+        for difference in (*_streams(a.cell, b.cell), *_answers(a.cell, b.cell))
+        if difference.name not in named
+    ]
     for kind, word_a, word_b in (
         ("scenario", a.cell.scenario, b.cell.scenario),
         ("schema", str(a.schema), str(b.schema)),
@@ -92,7 +99,15 @@ def _streams(a: Cell, b: Cell) -> list[Difference]:
     """
     if a.scenario != b.scenario or a.trace or b.trace or not (a.open_loop or b.open_loop):
         return []
-    names = STREAM if a.open_loop and b.open_loop else STREAM[:1]
+    return _unlike_settings(a, b, STREAM if a.open_loop and b.open_loop else STREAM[:1])
+
+
+def _answers(a: Cell, b: Cell) -> list[Difference]:
+    """Differences between the answers that two servers are asked for."""
+    return _unlike_settings(a, b, ANSWERS) if a.scenario == b.scenario == "online" else []
+
+
+def _unlike_settings(a: Cell, b: Cell, names: Sequence[str]) -> list[Difference]:
     pairs = [(name, value_text(name, getattr(a, name)), value_text(name, getattr(b, name))) for name in names]
     return [Difference("workload", name, first, second) for name, first, second in pairs if first != second]
 

@@ -108,7 +108,12 @@ def lengths(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
     """Check for prompts or outputs of another length than requested."""
     every, cell = requests(result), result.cell
     asked = [r.asked or (cell.prompt_tokens, cell.output_tokens) for r in every]
-    other = [r.output_tokens for r, (_, output) in zip(every, asked, strict=True) if r.output_tokens != output]
+    shorter = cell.ignore_eos == "false"  # an answer may end by itself
+    other = [
+        r.output_tokens
+        for r, (_, output) in zip(every, asked, strict=True)
+        if r.output_tokens > output or (r.output_tokens < output and not shorter)
+    ]
     if other:
         wanted = (
             "requested length" if cell.workload == "mixed" or cell.trace else f"requested {cell.output_tokens} tokens"

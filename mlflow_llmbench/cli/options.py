@@ -51,6 +51,9 @@ METAVARS = {
     "interpreter": "PYTHON",
     "url": "URL",
     "launch": "COMMAND",
+    "body": "JSON|FILE",
+    "headers": "JSON|FILE",
+    "pem": "FILE",
     "device": "[auto|cpu|cuda|cuda:N]",
     "place": "[here|ray|ray://HOST:PORT]",
 }

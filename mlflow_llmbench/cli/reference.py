@@ -39,10 +39,18 @@ FEW = 3
 OF_PARAMETERS = {*RUN_OPTIONS, *ONLINE_OPTIONS, *SINGLE_OPTIONS, *training_options()}
 """Options that are generated from a parameter."""
 
-TYPES = {"count": ["int"], "number": ["float"], "flag": ["bool"], "size": ["int", "str"], "budget": ["float", "str"]}
+TYPES = {
+    "count": ["int"],
+    "number": ["float"],
+    "flag": ["bool"],
+    "size": ["int", "str"],
+    "budget": ["float", "str"],
+    "body": ["Mapping[str, object]", "str", "PathLike[str]"],
+    "headers": ["Mapping[str, str]", "str", "PathLike[str]"],
+}
 """Kind of a parameter → its types, unless it is a choice, a path or a text."""
 
-PATHS = ("interpreter", "plan_file", "text", "text_file", "trace", "workload")
+PATHS = ("interpreter", "pem", "plan_file", "text", "text_file", "trace", "workload")
 """Kinds of parameters that may be paths."""
 
 TYPES_HEAD = '''\
@@ -50,7 +58,7 @@ TYPES_HEAD = '''\
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Literal, TypedDict
 '''

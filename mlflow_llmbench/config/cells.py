@@ -19,7 +19,8 @@ from .spec import BenchSpec, asked_fields, cell_fields
 LOADED = (
     "model", "weights", "revision", "backend", "quant", "group_size", "quant_budget", "quant_plan", "int8_threshold",
     "double_quant", "device", "threads", "tensor_parallel", "gpu_layers", "kv_cache", "mmap", "attention", "decode",
-    "assistant", "draft_tokens", "trust_remote_code", "url", "launch", "endpoint", "worker_python",
+    "assistant", "draft_tokens", "trust_remote_code", "url", "launch", "endpoint", "worker_python", "temperature",
+    "ignore_eos", "thinking", "max_tokens_field", "extra_body", "headers", "tls_ca", "tls_cert", "tls_key", "proxy",
 )  # fmt: skip
 """Load key: parameters that decide what is loaded, and process settings that cannot change afterwards."""
 
@@ -30,8 +31,17 @@ WEIGHTS = (
 )  # fmt: skip
 """Parameters that decide the memory of a load; cells that share them differ only by their shape."""
 
-NOT_IN_IDENTITY = ("max_repetitions", "allow_pickle", "slo_ttft_ms", "slo_tpot_ms", "slo_e2e_ms", "worker_python")
+NOT_IN_IDENTITY = (
+    "max_repetitions", "allow_pickle", "slo_ttft_ms", "slo_tpot_ms", "slo_e2e_ms", "worker_python", "tls_ca",
+    "tls_cert", "tls_key",
+)  # fmt: skip
 """Parameters of a cell that do not decide its result. Of an interpreter the environment counts, not its path."""
+
+LATER = (
+    *DEPENDS_ON, "kv_cache", "tensor_parallel", "temperature", "ignore_eos", "thinking", "max_tokens_field", "extra_body", "headers",
+    "proxy",
+)  # fmt: skip
+"""Parameters that older identities lack, so they are left out of an identity at their defaults."""
 
 MIXED_PARAMETERS = ("quant_budget", "quant_plan")
 """Parameters of a mixed quantization; they are part of no other cell's identity."""
@@ -139,12 +149,7 @@ def config_hash(cell: Cell, model: ModelFacts) -> str:
         for f in dataclasses.fields(cell)
         if f.name not in NOT_IN_IDENTITY and cell.scenario in f.metadata["scenarios"]
     ]
-    idle = _idle(cell) | {
-        # Older identities lack these, so they are left out at their defaults.
-        name
-        for name in (*DEPENDS_ON, "kv_cache", "tensor_parallel")
-        if getattr(cell, name) == PARAMETERS[name].default
-    }
+    idle = _idle(cell) | {name for name in LATER if getattr(cell, name) == PARAMETERS[name].default}
     decisive = {f.name: getattr(cell, f.name) for f in fields if f.name not in idle}
     decisive["model"], decisive["revision"] = model.identity
     if model.assistant:

@@ -15,6 +15,7 @@ MIN_TEXT_TOKENS = 512
 """Minimum tokens of a text for perplexity. A file with fewer bytes cannot have them."""
 
 ENDPOINTS = ("completions", "chat")
+LENGTH_FIELDS = ("max_tokens", "max_completion_tokens")
 ARRIVALS = ("poisson", "constant", "gamma")
 ATTENTIONS = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
@@ -50,6 +51,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "kv_cache": KV_CACHES,
     "attention": ATTENTIONS,
     "endpoint": ENDPOINTS,
+    "ignore_eos": ("auto", "true", "false"),
+    "thinking": ("auto", "off"),
+    "max_tokens_field": ("auto", *LENGTH_FIELDS),
+    "proxy": ("environment",),
     "arrival": ARRIVALS,
     "batching": BATCHINGS,
 }

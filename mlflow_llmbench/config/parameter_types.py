@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Literal, TypedDict
 
@@ -216,6 +216,38 @@ class OnlineParameters(SharedParameters, total=False):
 
     endpoint: Literal["completions", "chat"]
     """completions (/v1/completions) or chat (/v1/chat/completions)"""
+
+    temperature: float
+    """sampling temperature that requests ask for; 0 = always the likeliest token"""
+
+    ignore_eos: Literal["auto", "true", "false"]
+    """answers go on to output_tokens: auto (where the server can), true (needed), or false (they end where the model
+    ends them)"""
+
+    thinking: Literal["auto", "off"]
+    """auto (as the server does), or off: ask for answers without reasoning, and check that none comes"""
+
+    max_tokens_field: Literal["auto", "max_tokens", "max_completion_tokens"]
+    """field that asks for output_tokens: auto (max_tokens, or where that is refused max_completion_tokens)"""
+
+    extra_body: Mapping[str, object] | str | PathLike[str] | None
+    """further fields of each request as JSON, or a file of it: {"top_p": 0.9, "chat_template_kwargs": {…}}; a value
+    $NAME comes from the environment"""
+
+    headers: Mapping[str, str] | str | PathLike[str] | None
+    """further headers as JSON, or a file of it: {"X-Key": "$GATEWAY_KEY"}; keys only as $NAME, from the environment"""
+
+    tls_ca: str | PathLike[str] | None
+    """certificates of the authority that a server's own is verified by (PEM), in place of the system's"""
+
+    tls_cert: str | PathLike[str] | None
+    """certificate that the client shows (PEM), with its key unless tls_key is given"""
+
+    tls_key: str | PathLike[str] | None
+    """key of tls_cert (PEM); its password comes from LLMBENCH_TLS_PASSWORD"""
+
+    proxy: Literal["environment"] | None
+    """environment = connect by the proxy that HTTP_PROXY, HTTPS_PROXY and NO_PROXY name"""
 
     concurrency: int | str | Sequence[int | str]
     """closed loop: users, each of whom waits for an answer before the next request"""

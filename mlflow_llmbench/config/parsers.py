@@ -17,7 +17,7 @@ from ..records.errors import UsageError
 from ..records.reading import Unreadable
 from ..records.redaction import CONTROLS, excerpt
 from ..records.text import known_words
-from . import server_command
+from . import request_fields, server_command
 from .choices import BUNDLED_TEXT, CHOICES, MIN_TEXT_TOKENS, QUALITIES, WORKLOADS
 
 
@@ -227,6 +227,12 @@ def _parse_url(name: str, text: str) -> str:
     return _parse_text(name, text.rstrip("/").removesuffix("/v1"))
 
 
+def _parse_pem(name: str, text: str) -> str:
+    if not os.path.isfile(_parse_text(name, text)):
+        raise UsageError(f"There is no file {text}. Give {name} a PEM file.")
+    return text
+
+
 def _parse_scheme(name: str, text: str) -> str:
     """Parse a quantization named in the word of the server that is started with it."""
     if not server_command.SCHEME.fullmatch(text):
@@ -262,8 +268,14 @@ PARSERS: dict[str, Callable[[str, str, Mapping[str, Any]], object]] = {
     "backend": lambda name, text, _: _parse_choice(name, text, BACKENDS if text in BACKENDS else known_backends()),
     "url": lambda name, text, _: _parse_url(name, text),
     "trace": lambda name, text, _: _parse_trace(name, text),
+    "body": lambda name, text, _: request_fields.parse_body(name, text),
+    "headers": lambda name, text, _: request_fields.parse_headers(name, text),
+    "pem": lambda name, text, _: _parse_pem(name, text),
 }
 """Kind of a parameter → its parser."""
 
-OF_A_MACHINE = frozenset(["interpreter", "launch", "plan_file", "tasks", "text_file", "trace", "workload"])
+JSON_KINDS = ("body", "headers")
+"""Kinds of values that are a JSON object."""
+
+OF_A_MACHINE = frozenset(["interpreter", "launch", "pem", "plan_file", "tasks", "text_file", "trace", "workload"])
 """Kinds whose parsers look at files or programs of this machine."""

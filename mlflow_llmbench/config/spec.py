@@ -30,7 +30,9 @@ from ..records.reading import Unreadable
 from ..records.redaction import excerpt
 from ..records.text import known_words
 from .choices import GRIDS, SLOS
-from .parsers import OF_A_MACHINE, PARSERS, _parse_choice
+from .parsers import JSON_KINDS, OF_A_MACHINE, PARSERS, _parse_choice
+from .request_fields import LONGEST as LONGEST_JSON
+from .request_fields import as_json
 from .validation import check_cluster, check_find, check_offline_baseline, check_ranks, check_together
 
 IN_PROCESS_ONLY = (
@@ -225,7 +227,9 @@ def read_yaml(path: str) -> dict[str, object]:
 def values_of(name: str, given: object) -> list[str]:
     """Return the values of a parameter that may be a list, as texts. Raises UsageError for an empty one."""
     metadata = PARAMETERS[name].metadata
-    if isinstance(given, str):
+    if metadata["kind"] in JSON_KINDS and isinstance(given, Mapping):
+        parts = [as_json(name, given)]
+    elif isinstance(given, str):
         whole = not metadata["sweep"] or (metadata["kind"] in PATHS and "," in given and os.path.exists(given))
         parts = [given.strip()] if whole else split_list(given, metadata["separator"])
     else:
@@ -253,10 +257,10 @@ def _plain(name: str, value: object) -> str:
 
 def _parse_one(name: str, declared: Field[Any], text: str, kind: str) -> object:
     unset = declared.metadata["unset"]
-    if len(text) > LONGEST_VALUE:
+    most = LONGEST_JSON if kind in JSON_KINDS else LONGEST_VALUE
+    if len(text) > most:
         raise UsageError(
-            f"{name} has a value of {len(text):,} characters: {excerpt(text, 40)}. "
-            f"Give at most {LONGEST_VALUE:,} characters."
+            f"{name} has a value of {len(text):,} characters: {excerpt(text, 40)}. Give at most {most:,} characters."
         )
     if unset and text.lower() == unset:
         return None

@@ -134,6 +134,7 @@ def _check_decoding(axes: Mapping[str, tuple[object, ...]]) -> None:
 def _check_online(axes: Mapping[str, tuple[object, ...]]) -> None:
     """Require a server and its backend together, and refuse parameters that exclude each other."""
     _check_server(axes)
+    _check_requests(axes)
     _check_launch(axes)
     _check_load(axes)
     _check_conversations(axes)
@@ -173,6 +174,22 @@ def _check_server(axes: Mapping[str, tuple[object, ...]]) -> None:
             "batch_size, quant and weights are the server's own settings, which a client cannot change. "
             "Start the server with them."
         )
+
+
+def _check_requests(axes: Mapping[str, tuple[object, ...]]) -> None:
+    """Refuse settings of requests and connections that this server or endpoint cannot have."""
+    if axes["thinking"] == ("off",) and axes["endpoint"] != ("chat",):
+        raise UsageError(
+            "thinking=off is for endpoint=chat, and endpoint is completions, whose prompts have no template. "
+            "Give endpoint=chat, or leave thinking out."
+        )
+    of_tls = next((name for name in ("tls_ca", "tls_cert", "tls_key") if axes[name] != (None,)), None)
+    if of_tls and not str(axes["url"][0]).startswith("https:"):
+        raise UsageError(f"{of_tls} is for a server behind https, and url is {axes['url'][0]}. Leave it out.")
+    if axes["tls_key"] != (None,) and axes["tls_cert"] == (None,):
+        raise UsageError("tls_key is the key of a certificate, and none is given. Give tls_cert.")
+    if axes["proxy"] != (None,) and axes["launch"] != (None,):
+        raise UsageError("proxy=environment is for a server elsewhere, and launch starts one here. Leave proxy out.")
 
 
 def _check_load(axes: Mapping[str, tuple[object, ...]]) -> None:
@@ -224,6 +241,10 @@ def check_offline_baseline(axes: Mapping[str, tuple[object, ...]]) -> None:
         "endpoint": ("completions",),
         "duration_s": (None,),
     }
+    if axes["ignore_eos"] == ("false",):
+        raise UsageError(
+            "twin compares answers of one length, and ignore_eos=false lets each end by itself. Leave it out."
+        )
     given = [name for name, plain in stream.items() if axes[name] != plain]
     given += ["workload=mixed"] if "mixed" in axes["workload"] else []
     if given:

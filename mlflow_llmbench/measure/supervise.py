@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from ..backends.parallel import RankMemory, host_of
+from ..config.request_fields import variables_of
 from ..loadgen.server_process import bounded, log_end, wait_for_end
 from ..records.cell import Cell
 from ..records.codec import to_json
 from ..records.errors import JournalError, LlmbenchError, MeasurementError, OutOfMemory, WorkerCrashed, WorkerTimeout
-from ..records.redaction import redact, worker_environment
+from ..records.redaction import PROXIES, redact, worker_environment
 from ..records.results import MemorySample
 from ..system import cpu_time, gpu, memory
 from ..system.memory import HostMemory
@@ -48,6 +49,9 @@ RANK_GRACE_S = 10.0
 
 LOOK_S = 2.0
 """Seconds between two searches for the processes of a server while it is measured."""
+
+OF_OPENAI = ("OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID")
+"""Environment variables of OpenAI's own client."""
 
 More = Callable[["GroupOutcome"], tuple[Cell, Path] | None]
 """Chooses the next cell and its folder from the results so far; None if there is none."""
@@ -167,14 +171,23 @@ def environment_of(job: WorkerJob) -> dict[str, str]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         **gpu.PCI_ORDER,
     }
+    asked = request_variables(cell)
+    for_requests = {name: value for name, value in os.environ.items() if name in asked}
     if cell.launch:
         set_by_us = {name: quiet[name] for name in ("PYTHONUNBUFFERED", "HF_HUB_DISABLE_TELEMETRY")}
-        return interpreter.variables(None, {**worker_environment(os.environ, downloads=True), **set_by_us})
-    key = {name: value for name, value in os.environ.items() if cell.url and name == "OPENAI_API_KEY"}
+        return interpreter.variables(
+            None, {**worker_environment(os.environ, downloads=True), **for_requests, **set_by_us}
+        )
     counts = {"OMP_NUM_THREADS": str(job.threads), "MKL_NUM_THREADS": str(job.threads)}
     return interpreter.variables(
-        cell.worker_python, {**worker_environment(os.environ, downloads), **key, **quiet, **counts}
+        cell.worker_python, {**worker_environment(os.environ, downloads), **for_requests, **quiet, **counts}
     )
+
+
+def request_variables(cell: Cell) -> set[str]:
+    """Return the names of the environment variables that requests to a cell's server may need."""
+    proxies = {spelling for name in PROXIES for spelling in (name, name.lower())} if cell.proxy else set()
+    return {*(OF_OPENAI if cell.url else ()), *variables_of(cell.extra_body, cell.headers), *proxies}
 
 
 @dataclass

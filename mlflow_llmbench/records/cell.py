@@ -132,6 +132,37 @@ class Cell:
     endpoint: str = Parameter(
         "completions", "completions (/v1/completions) or chat (/v1/chat/completions)", "endpoint", "server",
         scenarios="online").field()
+    temperature: float = Parameter(
+        0, "sampling temperature that requests ask for; 0 = always the likeliest token", "number", "server", low=0,
+        high=100, scenarios="online").field()
+    ignore_eos: str = Parameter(
+        "auto", "answers go on to output_tokens: auto (where the server can), true (needed), or false (they end where "
+        "the model ends them)", "ignore_eos", "server", scenarios="online").field()
+    thinking: str = Parameter(
+        "auto", "auto (as the server does), or off: ask for answers without reasoning, and check that none comes",
+        "thinking", "server", scenarios="online", only_with="endpoint=chat").field()
+    max_tokens_field: str = Parameter(
+        "auto", "field that asks for output_tokens: auto (max_tokens, or where that is refused max_completion_tokens)",
+        "max_tokens_field", "server", scenarios="online").field()
+    extra_body: str | None = Parameter(
+        None, "further fields of each request as JSON, or a file of it: "
+        "{\"top_p\": 0.9, \"chat_template_kwargs\": {…}}; a value $NAME comes from the environment", "body", "server",
+        unset="none", scenarios="online").field()
+    headers: str | None = Parameter(
+        None, "further headers as JSON, or a file of it: {\"X-Key\": \"$GATEWAY_KEY\"}; keys only as $NAME, "
+        "from the environment", "headers", "server", unset="none", scenarios="online").field()
+    tls_ca: str | None = Parameter(
+        None, "certificates of the authority that a server's own is verified by (PEM), in place of the system's", "pem",
+        "server", unset="none", scenarios="online").field()
+    tls_cert: str | None = Parameter(
+        None, "certificate that the client shows (PEM), with its key unless tls_key is given", "pem", "server",
+        unset="none", scenarios="online").field()
+    tls_key: str | None = Parameter(
+        None, "key of tls_cert (PEM); its password comes from LLMBENCH_TLS_PASSWORD", "pem", "server", unset="none",
+        scenarios="online", only_with="tls_cert").field()
+    proxy: str | None = Parameter(
+        None, "environment = connect by the proxy that HTTP_PROXY, HTTPS_PROXY and NO_PROXY name", "proxy", "server",
+        unset="none", scenarios="online").field()
     concurrency: int = Parameter(
         1, "closed loop: users, each of whom waits for an answer before the next request", "count", "workload",
         metavar="USERS", sweep=True, high=65536, scenarios="online", only_with="request_rate=none trace=none").field()

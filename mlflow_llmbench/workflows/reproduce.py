@@ -16,6 +16,7 @@ from ..analysis.decisions.gate import quality_text
 from ..analysis.summary import summarize
 from ..analysis.verdict import judge
 from ..config.cells import config_hash
+from ..config.request_fields import variables_of
 from ..config.spec import parse
 from ..measure.journal import read_result, write_json, write_text
 from ..records.errors import MeasurementError, NotComparable, UsageError
@@ -91,7 +92,7 @@ def parameters_again(
 
     `permissions` are those of `PERMISSIONS` that the user gives again; `url` is the present address of the server.
     Raises UsageError if the run needs one of these and it is not given, if its server was started by a command, or if
-    `url` is given but no server was measured.
+    `url` is given but no server was measured, or if its requests refer to variables of the environment.
     """
     needed = [name for name in PERMISSIONS if getattr(result.cell, name) and name not in permissions]
     if needed:
@@ -109,6 +110,11 @@ def parameters_again(
         raise UsageError(
             f"It was measured on the server {result.cell.url}, and an address is not taken over from a run. "
             f"Add --url {result.cell.url}, or its present address."
+        )
+    if names := variables_of(result.cell.extra_body, result.cell.headers):
+        raise UsageError(
+            f"Its requests had the value of {', '.join(names)}, and values of the environment are not sent for a run. "
+            f"If you trust it: {command(result.cell)}"
         )
     if url and not result.cell.url:
         raise UsageError(f"--url is given, but no server was measured: {url}. Leave it out.")

@@ -20,8 +20,10 @@ from typing import Any
 import pytest
 
 from mlflow_llmbench.backends.openai.backend import OpenAIBackend
-from mlflow_llmbench.backends.openai.discovery import ServerInfo, ask_server, http_request
-from mlflow_llmbench.loadgen.client import Load, LoadClient, Trace, address_of
+from mlflow_llmbench.backends.openai.discovery import ServerInfo, ask_server
+from mlflow_llmbench.backends.openai.http_requests import http_request
+from mlflow_llmbench.loadgen.address import address_of
+from mlflow_llmbench.loadgen.client import Load, LoadClient, Trace
 from mlflow_llmbench.loadgen.http1 import Limits
 from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.errors import ModelError, UsageError

@@ -162,6 +162,8 @@ def test_a_sweep_over_a_servers_quantizations_is_runs_in_mlflow(
         "MLFLOW_TRACKING_PASSWORD": "canary-tracking-11",
         "AWS_SECRET_ACCESS_KEY": "canary-aws-22",
         "LLMBENCH_API_KEY": "canary-key-3333",
+        "LLMBENCH_TLS_PASSWORD": "canary-tls-5555",
+        "GATEWAY_KEY": "canary-gateway-6666",  # of the requests alone
     }
     for name, value in {**secrets, "HF_TOKEN": "hf_CanaryOfTheHub4444", "PLAIN": "seen"}.items():
         monkeypatch.setenv(name, value)
@@ -176,6 +178,7 @@ def test_a_sweep_over_a_servers_quantizations_is_runs_in_mlflow(
         "--model",
         HEAVY,
         *"--quant none,q4 --concurrency 2 --output-tokens 4".split(),
+        *("--headers", '{"X-Key": "$GATEWAY_KEY"}'),
     ]
     assert (
         main([*arguments, "--prompt-tokens", "16", "--repetitions", "5", "--warmup", "1", "--tracking-uri", store_uri])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from ...loadgen.http1 import Exchange
@@ -34,15 +35,17 @@ class _Answer:
     message: str = ""
 
 
-def read_answer(exchange: Exchange, key: str = "") -> RequestRecord:
+def read_answer(exchange: Exchange, secrets: Sequence[str] = ()) -> RequestRecord:
     """Convert a raw answer to a record: one outcome, the stamps of chunks with tokens, and the server's token counts.
 
     The outcome `complete` needs at least one token, and either `[DONE]`, or a finish reason and a body that ended
     according to its chunks or length.
 
-    `key` is removed from the server's message before that is cut, since half a key would not be recognised.
+    `secrets` are removed from the server's message before that is cut, since half a key would not be recognised.
     """
-    answer = _answer_of(exchange)
+    answer = answer_of(exchange)
+    for secret in secrets:
+        answer.message = answer.message.replace(secret, "…")
     tokens, details = (
         _count(answer.usage.get("completion_tokens")) or None,  # a count of 0 means that the server did not count
         answer.usage.get("prompt_tokens_details"),
@@ -54,7 +57,7 @@ def read_answer(exchange: Exchange, key: str = "") -> RequestRecord:
         prompt_tokens=_count(answer.usage.get("prompt_tokens")),
         intended_ns=exchange.intended_ns,
         outcome=answer.fault or "complete",
-        message=(answer.message.replace(key, "…") if key else answer.message)[:MAX_MESSAGE],
+        message=answer.message[:MAX_MESSAGE],
         tokens=tokens,
         chunk_tokens=sizes,
         visible_ns=answer.visible,
@@ -68,7 +71,7 @@ def read_answer(exchange: Exchange, key: str = "") -> RequestRecord:
     )
 
 
-def _answer_of(exchange: Exchange) -> _Answer:
+def answer_of(exchange: Exchange) -> _Answer:
     """Parse the events of an answer and set its fault, if it has one."""
     answer = _Answer(fault=exchange.fault, message=exchange.message)
     if not answer.fault:
@@ -81,7 +84,9 @@ def _answer_of(exchange: Exchange) -> _Answer:
             f"The answer stopped after {len(answer.stamps)} chunks, before its end.",
         )
         if not exchange.status:
-            answer.message = "The connection was closed before an answer."
+            answer.message = (
+                f"The connection was closed before an answer{f': {exchange.message}' if exchange.message else ''}."
+            )
     tokens = _count(answer.usage.get("completion_tokens"))
     if (
         tokens == len(answer.stamps) + 1

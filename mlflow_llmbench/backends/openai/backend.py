@@ -2,37 +2,40 @@
 
 Such servers are vLLM, SGLang, TGI, TensorRT-LLM, llama.cpp, Ollama, `transformers serve`, … The server owns the model.
 This module builds requests and interprets answers; `client` sends them and takes the time stamps.
-The API key comes only from the environment: LLMBENCH_API_KEY, else OPENAI_API_KEY, which is sent over TLS or to this
-machine only.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...config.request_fields import loaded, variables_of
 from ...config.server_command import arguments
-from ...loadgen.client import BuildRequest, Load, LoadClient, Trace, address_of
+from ...loadgen.client import BuildRequest, Load, Trace
 from ...loadgen.http1 import Exchange, Limits
 from ...loadgen.server_metrics import read_metrics
 from ...loadgen.server_process import ServerProcess, free_port, log_end, require_program
-from ...records.cell import Cell
+from ...records.cell import PARAMETERS, Cell
 from ...records.errors import MeasurementError, ModelError
 from ...records.results import LoadInfo, ModelFacts, RequestRecord, ServerReading
 from ...system.gpu import process_bytes
 from ...system.memory import HostMemory, forget_references, referenced_bytes
 from ...workloads.prompts import PromptSet, lengths_of, longest_of
 from ..base import Capabilities, DeviceMemory, Emit, NothingToFetch, Started
-from .answers import read_answer
+from .answers import answer_of, read_answer
 from .client_processes import ClientProcesses, ClientTask, Share
 from .conversations import Conversations
-from .discovery import RESOLVE, api_key, ask_server, http_request, launchable, name_among
+from .discovery import RESOLVE, ask_server, launchable, name_among, open_client, server_address
+from .http_requests import http_request, secrets_of, user_body, user_headers
+from .thinking import FIELDS as OFF_FIELDS
+from .thinking import PROBE_TOKENS, shows_thinking
 
 PROBE_WORDS = (16, 144)
 REFUSALS = ("HTTP 400", "HTTP 422")
@@ -46,10 +49,26 @@ HEALTH_S = 0.2
 """Seconds between two health checks of a starting server."""
 
 ADAPTATIONS = ("ignore_eos", "stream_options", "temperature", "max_tokens")
-"""Fields of a request that servers refuse. Each is left out; `max_tokens` has another name there."""
+"""Fields of a request that servers refuse. Each is left out unless it was asked for; `max_tokens` has another name."""
 
-STATE = ("options", "length_field", "tokens_per_word", "fixed_tokens", "prompt_prefix", "conversation_prefix")
+STATE = (
+    "options", "off_field", "length_field", "tokens_per_word", "fixed_tokens", "prompt_prefix", "conversation_prefix"
+)  # fmt: skip
 """Attributes that `load` sets and every sending process needs."""
+
+
+MAX_FACT = 5800
+"""Most characters of a fact; MLflow takes 6,000."""
+
+
+def joined(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return fields of both; theirs count, also field by field within an object that both have."""
+    both = {
+        name: {**value, **theirs[name]}
+        for name, value in ours.items()
+        if isinstance(value, dict) and isinstance(theirs.get(name), dict)
+    }
+    return {**ours, **theirs, **both}
 
 
 def limits_of(cell: Cell) -> Limits:
@@ -79,6 +98,7 @@ class OpenAIBackend(NothingToFetch):
         self._connect()
         self.options: dict[str, Any] = {}
         self.length_field = ""
+        self.off_field: dict[str, Any] = {}  # switches thinking off
         self._adapt(())
         self.facts: dict[str, str | int | float] = {}
         self.tokens_per_word, self.fixed_tokens = 1.0, 0.0
@@ -87,17 +107,19 @@ class OpenAIBackend(NothingToFetch):
         self.conversation_prefix = secrets.token_hex(8)  # makes the beginnings of this run's conversations unique
 
     def _connect(self) -> None:
-        self.address = address_of(self.cell.url or "")
-        self.client = LoadClient(self.address, limits_of(self.cell))
+        self.address = server_address(self.cell)
+        self.headers, self.extra = user_headers(self.cell), user_body(self.cell)
+        self.secrets = secrets_of(self.cell, self.address)
+        self.client = open_client(self.cell, limits_of(self.cell))
 
     @classmethod
     def resolve(cls, cell: Cell) -> ModelFacts:
+        headers, _ = user_headers(cell), user_body(cell)
         if cell.launch:
             return launchable(cell)
-        address = address_of(cell.url or "")
-        client = LoadClient(address, RESOLVE)
+        client = open_client(cell, RESOLVE)
         try:
-            told = ask_server(client, address)
+            told = ask_server(client, server_address(cell), headers=headers)
         finally:
             client.close()
         if told.models and cell.model not in told.models:
@@ -136,7 +158,8 @@ class OpenAIBackend(NothingToFetch):
         """
         cell, port, begun = self.cell, free_port(), time.monotonic()
         command = arguments(cell.launch or "", model=self.model.location, port=port, quant=cell.quant)
-        self.server = ServerProcess([require_program(command[0]), *command[1:]], log)
+        hidden = variables_of(cell.extra_body, cell.headers)
+        self.server = ServerProcess([require_program(command[0]), *command[1:]], log, hidden)
         started(self.server.keeper.pid, self.server.beginning)
         self.client.close()
         self.cell = dataclasses.replace(cell, url=f"http://127.0.0.1:{port}", launch=None)
@@ -144,7 +167,7 @@ class OpenAIBackend(NothingToFetch):
         while not self._is_healthy():
             self.server.require_running()
             time.sleep(HEALTH_S)
-        told = ask_server(self.client, self.address, needed=False)
+        told = ask_server(self.client, self.address, False, self.headers)
         name = name_among(list(told.models), self.model)
         self.cell = dataclasses.replace(self.cell, model=name)
         self.facts = {"server.software": told.software(told.models.get(name, {}))}
@@ -152,14 +175,16 @@ class OpenAIBackend(NothingToFetch):
 
     def _is_healthy(self) -> bool:
         """Return True if `/health` answers 200; on a server without it, if `/v1/models` does."""
-        status = self.client.ask(http_request(self.address, "/health")).status
-        return status == 200 or (
-            status in (404, 405, 501) and self.client.ask(http_request(self.address, "/v1/models")).status == 200
-        )
+        status = self.client.ask(self._get("/health")).status
+        return status == 200 or (status in (404, 405, 501) and self.client.ask(self._get("/v1/models")).status == 200)
+
+    def _get(self, path: str) -> bytes:
+        return http_request(self.address, path, headers=self.headers)
 
     def load(self) -> LoadInfo:
         """Find out which options the server accepts, its tokens per word, and if it reports prefix cache hits."""
         first = self._probe_options()
+        thinking = {"server.thinking_off": self._switch_thinking_off()} if self.cell.thinking == "off" else {}
         if self.server:
             self.load_s = time.monotonic() - self.begun_s
             forget_references(self.server.processes)
@@ -175,18 +200,36 @@ class OpenAIBackend(NothingToFetch):
         self.prompt_prefix = "" if told else secrets.token_hex(8)
         self.facts |= {
             "server.endpoint": self.cell.endpoint,
-            "server.ignore_eos": "asked" if "ignore_eos" in self.options else "refused",
-            "server.temperature": 0 if "temperature" in self.options else "refused",
+            "server.ignore_eos": self._fate("ignore_eos", "asked"),
+            "server.temperature": self._fate("temperature", self.options.get("temperature", "")),
             "server.length_field": self.length_field,
+            "server.request_fields": self._request_fields(),
+            **thinking,
+            **self._route(),
             "server.usage": "told" if second.tokens is not None else "not told",
             "server.prefix_cache": "told" if told else "not told, prompts made unique",
             "server.tokens_per_word": round(self.tokens_per_word, 4),
             "client.loop": type(self.client.loop).__module__.partition(".")[0],
         }
-        listed = ask_server(self.client, self.address, needed=False).models
+        listed = ask_server(self.client, self.address, False, self.headers).models
         if listed and self.cell.model not in listed:
             self.facts["server.model"] = "not listed, but answered for"
         return self.describe()
+
+    def _fate(self, option: str, sent: str | float) -> str | float:
+        never = option == "ignore_eos" and self.cell.ignore_eos == "false"
+        return sent if option in self.options else "not asked" if never else "refused"
+
+    def _route(self) -> dict[str, str | int]:
+        """Return the proxy and the number of the server's addresses, if there is one and if there are several."""
+        proxy, dialer = self.address.proxy, self.client.dialer
+        by_proxy = {"server.proxy": f"{proxy.host}:{proxy.port}"} if proxy else {}
+        return by_proxy | ({"server.addresses": len(dialer.addresses)} if dialer.several else {})
+
+    def _request_fields(self) -> str:
+        """Return the fields that each request has beside its model, prompt and length, as JSON; variables by name."""
+        asked = joined(joined(self.options, self.off_field), loaded(self.cell.extra_body))
+        return json.dumps({"stream": True, **asked}, ensure_ascii=False)[:MAX_FACT]
 
     def describe(self) -> LoadInfo:
         return LoadInfo(load_s=self.load_s, facts=self.facts, mapped_weight_bytes=self.mapped_bytes)
@@ -267,15 +310,15 @@ class OpenAIBackend(NothingToFetch):
         return trace
 
     def _metrics_request(self) -> bytes:
-        return http_request(self.address, "/metrics")
+        return self._get("/metrics")
 
     def run(self, build: BuildRequest, load: Load, expected: int | None = None) -> Trace:
         """Send a load of requests that the caller builds."""
         return self.client.run(build, load, expected)
 
     def read(self, exchange: Exchange) -> RequestRecord:
-        """Return the record of an answer. An API key that the server repeats in it is removed."""
-        return read_answer(exchange, api_key(self.address))
+        """Return the record of an answer. Secrets of the request that the server repeats in it are removed."""
+        return read_answer(exchange, self.secrets)
 
     def readings(self, trace: Trace) -> tuple[ServerReading, ...]:
         """Return the server's metrics that we know; empty if there are none."""
@@ -325,24 +368,50 @@ class OpenAIBackend(NothingToFetch):
             "model": self.cell.model,
             self.length_field: output_tokens,
             "stream": True,
-            **self.options,
+            **self.added(),
         }
         body |= (
             {"messages": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt}
             if chat
             else {"prompt": prompt}
         )
-        return http_request(self.address, "/v1/chat/completions" if chat else "/v1/completions", body, number)
+        path = "/v1/chat/completions" if chat else "/v1/completions"
+        return http_request(self.address, path, body, number, self.headers)
+
+    def added(self) -> dict[str, Any]:
+        """Return the fields of each request beside model, prompt, length and streaming; the user's replace ours."""
+        return joined(joined(self.options, self.off_field), self.extra)
 
     def _probe(self, words: int) -> RequestRecord:
+        return self.read(self._ask(words, 1))
+
+    def _ask(self, words: int, output_tokens: int) -> Exchange:
         prompt = PromptSet("synthetic").words(self.cell, -2, words, words, secrets.token_hex(8))
-        return self.read(self.client.ask(self.body(prompt, 1, -1)))
+        return self.client.ask(self.body(prompt, output_tokens, -1))
 
     def _adapt(self, without: Sequence[str]) -> None:
         """Ask for all options but those of `ADAPTATIONS` that a server refuses."""
-        every = {"ignore_eos": True, "stream_options": {"include_usage": True}, "temperature": 0}
+        cell = self.cell
+        every = {
+            **({} if cell.ignore_eos == "false" else {"ignore_eos": True}),
+            "stream_options": {"include_usage": True},
+            "temperature": int(cell.temperature) if cell.temperature.is_integer() else cell.temperature,
+        }
         self.options = {name: value for name, value in every.items() if name not in without}
-        self.length_field = "max_completion_tokens" if "max_tokens" in without else "max_tokens"
+        other = "max_completion_tokens" if "max_tokens" in without else "max_tokens"
+        self.length_field = other if cell.max_tokens_field == "auto" else cell.max_tokens_field
+
+    @property
+    def _adaptable(self) -> list[str]:
+        """Names of `ADAPTATIONS` that may be left out: those that the cell does not ask for."""
+        cell = self.cell
+        asked = {
+            "ignore_eos": cell.ignore_eos != "auto",
+            "stream_options": "stream_options" in self.extra,
+            "temperature": cell.temperature != 0,
+            "max_tokens": cell.max_tokens_field != "auto",
+        }
+        return [name for name in ADAPTATIONS if not asked[name]]
 
     def _probe_options(self) -> RequestRecord:
         """Get a first answer with as many of the options as the server accepts. Raises MeasurementError without one.
@@ -352,7 +421,7 @@ class OpenAIBackend(NothingToFetch):
         first = self._probe(PROBE_WORDS[0])
         if first.outcome == "complete":
             return first
-        names = sorted(ADAPTATIONS, key=lambda name: name not in first.message)
+        names = sorted(self._adaptable, key=lambda name: name not in first.message)
         fewer = (some for size in range(1, len(names) + 1) for some in itertools.combinations(names, size))
         refused = first.message.startswith(REFUSALS)
         for without in fewer if refused else ():
@@ -366,6 +435,29 @@ class OpenAIBackend(NothingToFetch):
             self.server.require_running()
         why = f" {log_end(self.server.log)}" if self.server else ""
         raise MeasurementError(
-            f"The server does not answer a first request ({first.outcome}): {first.message} Check its log, model and "
-            f"endpoint.{why}"
+            f"The server does not answer a first request ({first.outcome}): {first.message} Check its log, "
+            f"{', '.join(['model', *self._asked()])} and endpoint.{why}"
+        )
+
+    def _asked(self) -> list[str]:
+        """Return the parameters that add to a request what a server may refuse."""
+        names = ("temperature", "ignore_eos", "max_tokens_field", "extra_body", "headers")
+        return [name for name in names if getattr(self.cell, name) != PARAMETERS[name].default]
+
+    def _switch_thinking_off(self) -> str:
+        """Ask for answers without reasoning, by one field after the other, until one has none. Return the field's name.
+
+        Raises MeasurementError if the server refuses or ignores all of them.
+        """
+        told: list[str] = []
+        for field in (*OFF_FIELDS, {}):
+            self.off_field, name = field, next(iter(field), "no field")
+            exchange = self._ask(PROBE_WORDS[0], PROBE_TOKENS)
+            record = self.read(exchange)
+            if record.outcome == "complete" and not shows_thinking(record, answer_of(exchange).text):
+                return name
+            told.append(f"{name} {'ignored' if record.outcome == 'complete' else 'refused'}")
+        raise MeasurementError(
+            f"thinking=off was asked for, and the model still thinks ({', '.join(told[:-1])}). "
+            "Give the server's own field for it in extra_body, or leave thinking out."
         )

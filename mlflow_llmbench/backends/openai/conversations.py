@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from ...loadgen.http1 import Exchange
 from ...records.cell import Cell
+from ...workloads.prompts import PromptSet
+from .answers import answer_of
 
 if TYPE_CHECKING:
     from .backend import OpenAIBackend
-from ...workloads.prompts import PromptSet
-from .answers import _answer_of
 
 
 class Conversations:
@@ -36,7 +36,7 @@ class Conversations:
         """Build the request of the turn after an answer; None after the last turn or a failure."""
         number, turn = exchange.conversation or 0, exchange.turn or 1
         asks = self._asks(number)
-        answer = _answer_of(exchange) if turn < len(asks) else None
+        answer = answer_of(exchange) if turn < len(asks) else None
         if answer is None or answer.fault:
             del self.said[number]
             return None

@@ -1,59 +1,40 @@
-"""Read a server's models and version before it is measured, or the facts of a model whose server is not started yet.
-
-The API key comes only from the environment: LLMBENCH_API_KEY, else OPENAI_API_KEY, which is sent over TLS or to this
-machine only.
-"""
+"""Read a server's models and version before it is measured, or the facts of a model whose server is not started yet."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
+import os.path
 from collections.abc import Sequence
 from typing import Any
 
 from ...config.models import find_preset
 from ...config.server_command import arguments
-from ...loadgen.client import Address, LoadClient
+from ...loadgen.address import Address, address_of, by_environment
+from ...loadgen.client import LoadClient
+from ...loadgen.dialer import tls_context
 from ...loadgen.http1 import Exchange, Limits
 from ...loadgen.server_process import require_program
 from ...records.cell import Cell
-from ...records.errors import ModelError, UsageError
+from ...records.errors import ModelError
 from ...records.redaction import escape_controls
 from ...records.results import ModelFacts
 from ..checkpoints.sources import find_model
+from .http_requests import Headers, http_request
 
 RESOLVE = Limits(connect_s=10, first_s=10, gap_s=5, total_s=12, most_bytes=4 << 20)
 
 
-def api_key(address: Address) -> str:
-    """Return the API key for a server; empty if there is none. Raises UsageError if no header can hold it."""
-    names = ("LLMBENCH_API_KEY", "OPENAI_API_KEY") if address.tls or address.loopback else ("LLMBENCH_API_KEY",)
-    name, key = next(((name, key) for name in names if (key := os.environ.get(name, "").strip())), ("", ""))
-    if not (key.isascii() and key.isprintable()):
-        raise UsageError(f"{name} has a character that no HTTP header can hold. Set it to the key alone.")
-    return key
+def server_address(cell: Cell) -> Address:
+    """Return the address of a cell's server, with the proxy of the environment if the cell asks for it."""
+    address = address_of(cell.url or "")
+    return by_environment(address) if cell.proxy else address
 
 
-def http_request(address: Address, path: str, body: object = None, number: int | str = 0) -> bytes:
-    """Build a whole HTTP request: GET without a body, POST with one."""
-    # "replace" is for unpaired surrogates, which a server's answer may contain.
-    data = b"" if body is None else json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
-    key = api_key(address)
-    lines = [
-        f"{'GET' if body is None else 'POST'} {address.path}{path} HTTP/1.1",
-        f"Host: {address.authority}",
-        "User-Agent: llmbench",
-        "Accept: text/event-stream, application/json",
-        "Accept-Encoding: identity",
-        *([f"Authorization: Bearer {key}"] if key else []),
-        *(
-            ["Content-Type: application/json", f"Content-Length: {len(data)}", f"X-Request-Id: {number}"]
-            if data
-            else []
-        ),
-    ]
-    return "\r\n".join([*lines, "", ""]).encode("latin-1") + data
+def open_client(cell: Cell, limits: Limits) -> LoadClient:
+    """Return a client of a cell's server. Raises UsageError for certificates or a proxy that cannot be used."""
+    address = server_address(cell)
+    return LoadClient(address, limits, tls_context(cell.tls_ca, cell.tls_cert, cell.tls_key) if address.tls else None)
 
 
 def launchable(cell: Cell) -> ModelFacts:
@@ -98,10 +79,10 @@ class ServerInfo:
         return escape_controls(f"{engine} {number}" if number else engine)[:100]
 
 
-def ask_server(client: LoadClient, address: Address, needed: bool = True) -> ServerInfo:
+def ask_server(client: LoadClient, address: Address, needed: bool = True, headers: Headers = ()) -> ServerInfo:
     """Ask a server for its models and version. Raises ModelError if it is `needed` but unreachable or wants a key."""
-    listed, told = _ask_json(client, address, "/v1/models", needed)
-    version, _ = _ask_json(client, address, "/version", needed=False)
+    listed, told = _ask_json(client, address, "/v1/models", needed, headers)
+    version, _ = _ask_json(client, address, "/version", False, headers)
     data = listed.get("data") if isinstance(listed, dict) else None
     entries = [entry for entry in data if isinstance(entry, dict)] if isinstance(data, list) else []
     models: dict[str, dict[str, Any]] = {}
@@ -110,24 +91,36 @@ def ask_server(client: LoadClient, address: Address, needed: bool = True) -> Ser
     return ServerInfo(models, version, told.headers.get("server", "unknown server"))
 
 
-def _ask_json(client: LoadClient, address: Address, path: str, needed: bool = True) -> tuple[Any, Exchange]:
+def _ask_json(client: LoadClient, address: Address, path: str, needed: bool, headers: Headers) -> tuple[Any, Exchange]:
     """Return the JSON answer of a path, None if there is none, and the exchange.
 
     Raises ModelError if the server is `needed` but unreachable or wants a key.
     """
-    exchange = client.ask(http_request(address, path))
+    exchange = client.ask(http_request(address, path, headers=headers))
     where = f"the server at {'https' if address.tls else 'http'}://{address.authority}{address.path}"
     if needed and (exchange.fault or not exchange.status):
         raise ModelError(
-            f"Cannot reach {where}: {exchange.message or 'it closed the connection.'} Start it, or correct url."
+            f"Cannot reach {where}: {exchange.message or 'it closed the connection.'} {_way_out(exchange.message)}"
         )
     if needed and exchange.status in (401, 403):
         raise ModelError(
             f"{where[0].upper()}{where[1:]} rejects the API key (HTTP {exchange.status}). Set LLMBENCH_API_KEY in the "
-            "environment."
+            "environment, or give the header that it wants in headers."
         )
     try:
         found = json.loads(b"".join(exchange.parts)) if exchange.status == 200 else None
     except (ValueError, RecursionError):
         found = None
     return found, exchange
+
+
+def _way_out(message: str) -> str:
+    """Return what to do about a connection that failed."""
+    lower = message.lower()
+    if "certificate_verify_failed" in lower.replace(" ", "_"):
+        return "If its certificate is that of a private authority, give the authority's as tls_ca=FILE."
+    if "certificate_required" in lower.replace(" ", "_") or "handshake failure" in lower:
+        return "If it wants a certificate of the client, give one as tls_cert=FILE."
+    if "the proxy" in lower:
+        return "Correct HTTPS_PROXY or NO_PROXY, or leave proxy out."
+    return "Start it, or correct url."
