@@ -321,6 +321,11 @@ class Connection(asyncio.Protocol):
             now = time.perf_counter_ns()
         self.server.running += 1
         answer = Answer(script, body, chat)
+        if not body.get("stream"):
+            self.server.running -= 1
+            choice = {"index": 0, "text": " word" * answer.tokens, "finish_reason": answer.finish}
+            self.plain(200, json.dumps({"choices": [choice], "usage": answer.usage(answer.tokens)}))
+            return
         self.server.waits_s.append((time.perf_counter_ns() - entry["received_ns"]) / 1e9)
         self.server.looked_up += answer.prompt_tokens
         self.server.found += int(script["hits"])

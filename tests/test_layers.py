@@ -34,7 +34,7 @@ HOMES = {
     "psutil": ("system",),
     "matplotlib": ("reports/charts",),
     "jinja2": ("reports/html",),
-    "mlflow": ("tracking", "sweeps/upload"),
+    "mlflow": ("tracking", "sweeps/upload", "workflows/mlflow_deployments"),
     "ray": ("sweeps/ray_executor",),
 }
 """Heavy library → folders and modules that may import it. The worker is the process that sets up torch."""

@@ -103,7 +103,8 @@ def test_every_requirement_is_pinned_once(python: str) -> None:
 
 def test_the_entry_points_are_the_table_of_backends() -> None:
     context = {"mlflow.run_context_provider": {"llmbench": "mlflow_llmbench.tracking.run_context:RunContext"}}
-    assert PROJECT["entry-points"] == {backends.ENTRY_POINTS: backends.BACKENDS, **context}
+    deployments = {"mlflow.deployments": {"llmbench": "mlflow_llmbench.workflows.mlflow_deployments"}}
+    assert PROJECT["entry-points"] == {backends.ENTRY_POINTS: backends.BACKENDS, **context, **deployments}
     assert PROJECT["scripts"] == {"llmbench": "mlflow_llmbench.cli.main:main"}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from ..config.training import parse_training
 from ..records.backends import SERVER_BACKEND
 from ..records.cell import Cell, split_list
+from ..records.invocation import DEPLOYMENT
 from .options import (
     CONFIG,
     EXPERIMENT,
@@ -122,6 +123,10 @@ def online(
     config: str | None, json: bool, tracking_uri: str | None, experiment: str | None, **given: str | None
 ) -> int:
     """Measure a server and print the table of cells."""
+    if str(given.get("url")).startswith(DEPLOYMENT):
+        from ..workflows.deployments import address_of
+
+        given["url"] = address_of(str(given["url"]))
     return _run(checked_parameters(given, config, backend=SERVER_BACKEND), json, tracking_uri, experiment)
 
 

@@ -38,8 +38,8 @@ NOT_IN_IDENTITY = (
 """Parameters of a cell that do not decide its result. Of an interpreter the environment counts, not its path."""
 
 LATER = (
-    *DEPENDS_ON, "kv_cache", "tensor_parallel", "temperature", "ignore_eos", "thinking", "max_tokens_field", "extra_body", "headers",
-    "proxy",
+    *DEPENDS_ON, "kv_cache", "tensor_parallel", "temperature", "ignore_eos", "thinking", "max_tokens_field",
+    "extra_body", "headers", "proxy",
 )  # fmt: skip
 """Parameters that older identities lack, so they are left out of an identity at their defaults."""
 

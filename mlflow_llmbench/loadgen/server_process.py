@@ -4,7 +4,8 @@ A keeper process, `python -m mlflow_llmbench.loadgen.server_process`, stands bet
 runs in its own session, so neither Ctrl-C nor a signal to our process group reaches it. It reads from a pipe that the
 kernel closes when this process is gone, even if killed. Then it sends TERM to the server's process group, and KILL to
 whatever is left after `GRACE_S`. Orphans of the server become the keeper's children (Linux: PR_SET_CHILD_SUBREAPER), so
-it also finds those that moved into a session of their own.
+it also finds those that moved into a session of their own. The keeper of a server that is to go on without us
+(`detached_server`) waits for TERM, or for the server's end.
 """
 
 from __future__ import annotations
@@ -205,9 +206,15 @@ class _Keeper:
         self.told = sys.stdout.fileno()
         self.server = 0
         self.ended = False
+        self.detached = False
 
-    def run(self) -> int:
-        order = json.loads(self._line())
+    def read_order(self) -> dict[str, Any]:
+        """Return the order: the server's `arguments`, `log` and `environment`, and whether it is `detached`."""
+        order: dict[str, Any] = json.loads(self._line())
+        self.detached = bool(order.get("detached"))
+        return order
+
+    def run(self, order: dict[str, Any]) -> int:
         wakes, wake = os.pipe()
         for end in (wakes, wake):
             os.set_blocking(end, False)
@@ -231,14 +238,14 @@ class _Keeper:
             return 1
         self.server = server.pid
         seen = memory.read(server.pid)  # read now: it grows from here on
-        self._tell(pid=server.pid, beginning=seen and dataclasses.asdict(seen))
-        asked = False
+        self._tell(pid=server.pid, keeper=os.getpid(), beginning=seen and dataclasses.asdict(seen))
+        asked, watched = False, [wakes] if self.detached else [self.orders, wakes]
         while not asked:
-            ready, _, _ = select.select([self.orders, wakes], [], [], 5.0)
+            ready, _, _ = select.select(watched, [], [], 5.0)
             if wakes in ready:
                 asked = signal.SIGTERM in os.read(wakes, 4096)
             self._reap()
-            asked = asked or self.orders in ready
+            asked = asked or self.orders in ready or (self.detached and self.ended)
             bound(log)
         self._end_all()
         return 0
@@ -283,13 +290,17 @@ class _Keeper:
 
 
 def main() -> int:
-    """Run one server as ordered on standard input, until standard input closes."""
+    """Run one server as ordered on standard input, until standard input closes; a detached one until TERM."""
     for name in (signal.SIGINT, signal.SIGHUP):
         signal.signal(name, lambda *_: None)  # not SIG_IGN, which the server would inherit
+    keeper = _Keeper()
+    order = keeper.read_order()
+    if keeper.detached and os.fork():
+        os._exit(0)  # so that nobody has to wait for the keeper
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
-    return _Keeper().run()
+    return keeper.run(order)
 
 
 if __name__ == "__main__":

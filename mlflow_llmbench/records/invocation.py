@@ -20,6 +20,9 @@ from pathlib import Path
 
 PROGRAM, MODULE = "llmbench", "python -m mlflow_llmbench"
 
+DEPLOYMENT = "deployments:/"
+"""Beginning of a reference to a deployment on this machine by its name."""
+
 LATEST = "latest"
 """Word for the newest measured sweep, where a command or function takes results."""
 

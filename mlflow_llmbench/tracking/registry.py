@@ -442,16 +442,22 @@ def registered_at(store: Store, reference: str) -> Registered:
 
 
 def stored_config(store: Store, version: Registered) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return a version's `model_config` and its pinned requirements.
+    """Return a version's `model_config` and its pinned requirements. Raises what `copy_version` raises."""
+    with tempfile.TemporaryDirectory() as scratch:
+        return copy_version(store, version, Path(scratch))
+
+
+def copy_version(store: Store, version: Registered, folder: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Copy the files of a version into a folder, and return its `model_config` and its pinned requirements.
 
     Raises UsageError if its configuration or its code is not what was registered, TrackingError for the store.
     """
     tags = version_at(store, version.uri).tags
     _without_progress_bars()
-    with tempfile.TemporaryDirectory() as scratch, plain_errors(store.uri):
+    with plain_errors(store.uri):
         import mlflow.artifacts
 
-        folder = Path(mlflow.artifacts.download_artifacts(version.uri, dst_path=scratch, tracking_uri=store.uri))
+        mlflow.artifacts.download_artifacts(version.uri, dst_path=str(folder), tracking_uri=store.uri)
         model = reading.read_yaml(folder / "MLmodel")
         requirements = (folder / "requirements.txt").read_text(encoding="utf-8").split()
         config = dict(model["flavors"]["python_function"]["config"])

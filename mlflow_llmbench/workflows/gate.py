@@ -23,6 +23,7 @@ from ..tracking.latest import resolve
 from ..tracking.load_results import load_results
 from ..tracking.registry import Registered
 from ..tracking.store import Store, open_store
+from . import deployments
 from .gate_remeasurement import Remeasure, remeasure
 
 
@@ -63,10 +64,13 @@ def gate(
 ) -> GateRun:
     """Compare `candidate` with the champion `against`, and keep the verdict with the candidate's run.
 
-    `candidate` is a reference of `load_results` or of a registered version; `against` names a version. `limits` are the
-    allowed regressions by metric (ratios), `default_limit` is that of all others. With `again`, both configurations are
-    measured again first. `on_result` gets the result before it is logged. Raises LlmbenchError if there is no verdict.
+    `candidate` is a reference of `load_results` or of a registered version; `against` names a version. Either can be
+    that of a deployment on this machine (`deployments:/NAME`). `limits` are the allowed regressions by metric (ratios),
+    `default_limit` is that of all others. With `again`, both configurations are measured again first. `on_result` gets
+    the result before it is logged. Raises LlmbenchError if there is no verdict.
     """
+    candidate = deployments.version_of(candidate) if isinstance(candidate, str) else candidate
+    against = deployments.version_of(against)
     store = open_store(tracking_uri, reads=True)
     champion = registry.registered_at(store, against)
     baseline = registry.result_of(store, champion.run_id)

@@ -8,6 +8,7 @@ from ..config.parameter_types import OnlineParameters, RunParameters
 from ..config.signatures import with_parameters
 from ..config.spec import COMMANDS
 from ..records.backends import SERVER_BACKEND
+from ..records.invocation import DEPLOYMENT
 from ..reports.sweep_result import SweepResult
 from ..sweeps.progress import ProgressListener, listening
 
@@ -51,9 +52,15 @@ def online(
 
         online(url="http://127.0.0.1:8000", model="my-model", concurrency=[1, 8])
 
-    The other arguments, the result and the errors are those of `run`.
+    A deployment on this machine is `url="deployments:/NAME"`. The other arguments, the result and the errors are those
+    of `run`.
     """
-    return _measure(progress, tracking_uri, experiment, {"backend": SERVER_BACKEND, **parameters})
+    given: dict[str, object] = {"backend": SERVER_BACKEND, **parameters}
+    if isinstance(url := given.get("url"), str) and url.startswith(DEPLOYMENT):
+        from .deployments import address_of
+
+        given["url"] = address_of(url)
+    return _measure(progress, tracking_uri, experiment, given)
 
 
 def _measure(

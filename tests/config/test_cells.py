@@ -96,7 +96,7 @@ OFFLINE = {
 ONLINE = {
     "model", "backend", "prompt_tokens", "output_tokens", "workload", "history", "warmup", "repetitions",
     "max_repetitions", "precision_target", "processes", "seed", "url", "endpoint", "concurrency", "client_processes",
-    "requests", "request_timeout_s",
+    "requests", "request_timeout_s", "temperature", "ignore_eos", "max_tokens_field",
 }  # fmt: skip
 SERVED = {"backend": "openai", "url": "http://h"}
 
@@ -113,6 +113,7 @@ SERVED = {"backend": "openai", "url": "http://h"}
         ({"backend": "llama_cpp"}, OFFLINE - {"tensor_parallel"} | {"gpu_layers", "mmap"}),
         ({"batching": "static", "request_rate": 1.0}, OFFLINE | {"batching", "request_rate", "arrival", "requests"}),
         (SERVED, ONLINE),
+        ({**SERVED, "endpoint": "chat", "headers": "{}"}, ONLINE | {"thinking", "headers"}),
         ({**SERVED, "request_rate": 1.0}, ONLINE - {"concurrency"} | {"request_rate", "arrival"}),
         ({**SERVED, "request_rate": 1.0, "ramp_to": 5.0, "arrival": "gamma"},
          ONLINE - {"concurrency"} | {"request_rate", "arrival", "ramp_to", "burstiness"}),

@@ -47,8 +47,11 @@ SWEEP = "20260101T000000Z-aaaaaa"
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, store_template: Path) -> Path:
+    return measured_sweep(tmp_path_factory.mktemp("measured"), tiny_model, store_template)
+
+
+def measured_sweep(folder: Path, tiny_model: Path, store_template: Path) -> Path:
     """The folder of a real sweep: the tiny model as int8, two rows of 16 + 8 tokens."""
-    folder = tmp_path_factory.mktemp("measured")
     shutil.copy(store_template, folder / "mlflow.db")
     options = (
         "--quant int8 --batch-size 2 --workload qa --prompt-tokens 16 --output-tokens 8 "

@@ -395,7 +395,7 @@ class OpenAIBackend(NothingToFetch):
         every = {
             **({} if cell.ignore_eos == "false" else {"ignore_eos": True}),
             "stream_options": {"include_usage": True},
-            "temperature": int(cell.temperature) if cell.temperature.is_integer() else cell.temperature,
+            "temperature": cell.temperature if cell.temperature % 1 else int(cell.temperature),
         }
         self.options = {name: value for name, value in every.items() if name not in without}
         other = "max_completion_tokens" if "max_tokens" in without else "max_tokens"
