@@ -1,4 +1,4 @@
-# make demo | test | test-gguf | test-all | test-newest | lint | reference | docs | bench | real-model | clean
+# make demo | test | test-gguf | test-all | test-newest | lint | reference | docs | bench | gpu-check | real-model | clean
 # Each target needs python3 (3.10 or newer) and a package index, and first creates an environment in .venv.
 
 PYTHON ?= python3
@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE MLFLOW_DISABLE_TELEMETRY
 
 OLD := Python %d.%d is too old. Give 3.10 or newer: make PYTHON=python3.11
 
-.PHONY: demo test gguf-wheel test-gguf test-all test-here test-random test-gptq test-lm-eval test-newest lint reference docs bench \
+.PHONY: demo test gguf-wheel test-gguf test-all test-here test-random test-gptq test-lm-eval test-newest lint reference docs bench gpu-check \
 	real-model clean
 
 # From nothing to a decision. Without the Hub or the real model below: the real architecture with random weights.
@@ -96,6 +96,10 @@ docs: $(INSTALLED)
 # Run all benchmarks that need no real model; a missed goal does not stop the others.
 bench: $(INSTALLED)
 	@missed=0; for file in $(filter-out benchmarks/mixed.py, $(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file || missed=1; done; exit $$missed
+
+# Confirm on an NVIDIA GPU within ten minutes what was tested without one, with the PyTorch for CUDA that PYTHON has.
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py
 
 # A small model from the package index, for the tests marked `real`; they are skipped without it.
 real-model: $(INSTALLED)
