@@ -34,6 +34,7 @@ from ..records.text import known_words
 from ..records.verdicts import DISTURBING
 from ..stats import MeanDifference, Part, holm, mann_whitney, mean_part, pair_differences, t_test
 from .comparability import ALLOWABLE, Difference, differences, same_evidence, value_text
+from .in_turns import command_in_turns
 from .process_noise import ASSUMPTION, ProcessNoise, noise_of
 from .repetitions import PER_REPETITION, process_count, unit_values
 from .summary import summarize
@@ -106,8 +107,8 @@ class Comparison:
     """Result B against result A.
 
     `labels` are the differences found by the guard and allowed; `doubts` are verdicts other than valid. `repetitions`
-    and `processes` are counts of A and B; if a result has several processes, they are its units. `process_noise` is
-    what was added to the error of A and of B; None for a result of several processes, whose units include it.
+    and `processes` are counts of A and B; several processes are a result's units. `process_noise` is what was added to
+    the error of A and of B; None for several processes, whose units include it. `in_turns`: a command for both sides.
     """
 
     name_a: str
@@ -120,6 +121,7 @@ class Comparison:
     labels: tuple[Difference, ...] = ()
     doubts: tuple[str, ...] = ()
     process_noise: tuple[ProcessNoise | None, ProcessNoise | None] = (None, None)
+    in_turns: str = ""
 
     def effect(self, key: str) -> Effect | None:
         """The effect on a metric, by MLflow key; None if either result lacks it."""
@@ -196,8 +198,9 @@ def compare(
     errors = Errors.of(a, b, verdicts, paired, calibrations)
     effects = _adjust(list(_effects(a, b, *metrics, errors)), noise)
     return Comparison(
-        name_a, name_b, effects, repetitions, processes, paired, noise, tuple(unlike), tuple(doubts), errors.noises
-    )
+        name_a, name_b, effects, repetitions, processes, paired, noise, tuple(unlike), tuple(doubts), errors.noises,
+        command_in_turns(a.cell, b.cell),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -432,8 +435,7 @@ def _limits(comparison: Comparison) -> list[str]:
 
 def advice(comparison: Comparison) -> str:
     """Sentence on how to tell a difference that cannot be told: several processes, in turns, or a calibration."""
-    more = invocation.parameter_text("processes", "5")
-    found = f"Measure both again with {more}, or in turns: {invocation.command_text('ab')}"
+    found = f"Measure both again with {invocation.parameter_text('processes', '5')}, or in turns: {comparison.in_turns}"
     if any(noise and noise.source == ASSUMPTION for noise in comparison.process_noise):
         found += f"; or calibrate this machine once, and compare again: {invocation.command_text('calibrate')}"
     return f"{found}."

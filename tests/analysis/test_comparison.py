@@ -647,7 +647,8 @@ def test_what_cannot_be_told_says_why_and_what_to_do() -> None:
     assert sentence(comparison) == (
         "int4 cannot be told from bf16 in tokens per second (ratio 0.93, 95 % interval 0.83 to 1.03) and needs the "
         "same memory. Two processes of one configuration may differ as much. Measure both again with processes=5, or "
-        "in turns: llmbench ab; or calibrate this machine once, and compare again: llmbench calibrate."
+        "in turns: llmbench ab quant=bf16 quant=int4 --model opt-125m --prompt-tokens 8 --output-tokens 5 "
+        "--repetitions 5; or calibrate this machine once, and compare again: llmbench calibrate."
     )
     assert format_comparison(comparison).endswith(
         "One process of bf16 and int4 was measured; added to their error is the noise between processes, a standard "
