@@ -21,6 +21,7 @@ from ..system.garbage import frozen_heap
 from .address import Address
 from .dialer import Dialer
 from .http1 import Connection, Exchange, Limits
+from .request_board import RequestBoard
 
 BEAT_S = 0.02
 """Seconds between two measurements of the event loop's lag."""
@@ -122,6 +123,7 @@ class LoadClient:
         self.limits = limits or Limits()
         self.loop = new_loop()
         self.dialer = Dialer(self.loop, address, tls)
+        self.board: RequestBoard | None = None  # for other processes that look on
         self._idle: list[Connection] = []
         self._busy: dict[Connection, asyncio.Future[None]] = {}
 
@@ -221,6 +223,8 @@ class LoadClient:
 
     def begin(self, connection: Connection, exchange: Exchange, request: bytes) -> asyncio.Future[None]:
         """Send a request. The returned future is done when the answer has ended."""
+        if self.board and exchange.number >= 0:  # not for a reading of the server's own metrics
+            self.board.begin()
         future = self._busy[connection] = self.loop.create_future()
         connection.send(exchange, request)
         return future
@@ -231,6 +235,8 @@ class LoadClient:
             connection.overdue(now)
 
     def _done(self, connection: Connection, exchange: Exchange) -> None:
+        if self.board and exchange.number >= 0:
+            self.board.end(exchange)
         future = self._busy.pop(connection)
         if not future.done():
             future.set_result(None)

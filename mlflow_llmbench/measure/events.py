@@ -143,6 +143,24 @@ class Waited(Event, name="waited"):
     """Another second has passed in which no cell was timed. The supervisor makes it, for displays; it is never sent."""
 
 
+@dataclass(frozen=True)
+class LoadObserved(Event, name="load_observed"):
+    """The last `seconds` of a load that is still sent to a server. The supervisor makes it, for displays.
+
+    `requests` ended, of which `failed` did not succeed; `in_flight` are under way. `ttft_ms` and `e2e_ms`: median and
+    95th percentile of those that succeeded, None without any. `good`: requests that met the limits, None without
+    limits. Answers are not parsed yet: the first bytes stand for the first token, and the length is the requested one.
+    """
+
+    seconds: float
+    requests: int
+    failed: int
+    in_flight: int
+    ttft_ms: tuple[float, float] | None
+    e2e_ms: tuple[float, float] | None
+    good: int | None
+
+
 # One cell. `number` counts the cells of a group from 0.
 
 

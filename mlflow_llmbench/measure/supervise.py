@@ -32,6 +32,7 @@ from ..system.memory import HostMemory
 from . import events, interpreter
 from .events import CellAdded, Event, JobBegun, MemorySampled, RanksStarted, Report, ServerLaunched, StageMemory
 from .journal import SERVER_LOG, EventLog, redact_log, write_bytes
+from .live_load import LiveLoad
 from .outcome import Clock, GroupOutcome
 from .task import WorkerJob
 
@@ -88,14 +89,18 @@ def run_worker(
     An interruption ends the worker and sets `outcome.interrupted`, so that earlier measurements are not lost. With
     `more`, the worker goes on with the cells that `more` chooses from the results so far; their numbers follow those of
     the job's cells. `pause` is called after each cell but the last, and before the quality is evaluated; the worker
-    waits until it returns. `waited` gets an event for each second in which no cell is timed.
+    waits until it returns. `waited` gets an event for each second in which no cell is timed, and one for each second of
+    a long load on a server.
     """
     clock = Clock.now()
     outcome = GroupOutcome(environment=environment, clock=clock)
     failure: LlmbenchError | None = None
-    process = _start(job, log_file)
     is_client = job.cells[0].scenario == "online"
-    watch = _Watch(process, outcome, limits or Limits(), report, not is_client, more=more, pause=pause, waited=waited)
+    live = LiveLoad(job.cells) if is_client and waited and job.task == "measure" else None
+    process = _start(job, log_file, live.variables if live else {})
+    watch = _Watch(
+        process, outcome, limits or Limits(), report, not is_client, more=more, pause=pause, waited=waited, live=live
+    )
     try:
         assert process.stdin
         told = dataclasses.replace(job, searches=more is not None, pauses=pause is not None)
@@ -115,11 +120,7 @@ def run_worker(
         _stop(process)
         watch.drain()
     finally:
-        _end(process)
-        for pid in watch.ranks:  # the kernel, or the end of their input, ends them with the worker
-            wait_for_end(pid)
-        if watch.keeper:  # the server ends after its client, in order
-            wait_for_end(watch.keeper)
+        watch.end()
         redact_log(log_file)
         if isinstance(failure, WorkerTimeout) and watch.keeper and outcome.load is None:
             failure = WorkerTimeout(f"{failure} {log_end(job.folders[0] / SERVER_LOG)}")
@@ -142,8 +143,8 @@ def _keep_server_log(folders: Sequence[Path]) -> None:
             raw.unlink()
 
 
-def _start(job: WorkerJob, log_file: Path) -> subprocess.Popen[bytes]:
-    """Start a worker that writes to its log, in the interpreter that its first cell names."""
+def _start(job: WorkerJob, log_file: Path, own: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start a worker that writes to its log, in the interpreter that its first cell names, with `own` variables too."""
     log_file.parent.mkdir(parents=True, exist_ok=True)
     with log_file.open("ab") as log:
         return subprocess.Popen(
@@ -151,7 +152,7 @@ def _start(job: WorkerJob, log_file: Path) -> subprocess.Popen[bytes]:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
-            env=environment_of(job),
+            env={**environment_of(job), **own},
         )
 
 
@@ -203,6 +204,7 @@ class _Watch:
     more: More | None = None
     pause: Pause | None = None
     waited: Report | None = None
+    live: LiveLoad | None = None
     told: float = 0.0  # when `waited` was last called
     added: list[Path] = field(default_factory=list)  # folders of the cells chosen by `more`
     keeper: int | None = None  # pid of the keeper, the ancestor of all processes of a server that we started
@@ -245,6 +247,16 @@ class _Watch:
                     if event := self._next():
                         self._take(event)
 
+    def end(self) -> None:
+        """Stop the worker, and wait for the end of what ends with it."""
+        _end(self.process)
+        if self.live:
+            self.live.close()
+        for pid in self.ranks:  # the kernel, or the end of their input, ends them with the worker
+            wait_for_end(pid)
+        if self.keeper:  # the server ends after its client, in order
+            wait_for_end(self.keeper)
+
     def drain(self) -> None:
         """Read the remaining events of a worker that was interrupted and is gone; they may hold a measured cell."""
         assert self.process.stdout
@@ -282,6 +294,8 @@ class _Watch:
                 self._begins("loading", "load_timeout_s", self.limits.load_s)
             case events.CompilationBegun():
                 self._begins("compiling", "load_timeout_s", self.limits.load_s)
+            case events.CellBegun(number=number) if self.live:
+                self.live.turn_to(number)
             case events.MeasuringBegun():
                 self.cell_since = time.monotonic()
                 self._begins("bringing a first token", "first_token_timeout_s", self.limits.first_token_s)
@@ -311,6 +325,8 @@ class _Watch:
             self.pause(self.outcome)
         found = more(self.outcome) if more else None
         self.added += [found[1]] if found else []
+        if found and self.live:
+            self.live.cells.append(found[0])
         if found and self.journal:
             self.journal.append(CellAdded(found[1].name))
         line = json.dumps(to_json({"cell": found[0], "folder": str(found[1])} if found else None))
@@ -345,8 +361,10 @@ class _Watch:
                 )
 
     def _tell_time(self) -> None:
-        """Tell that another second has passed, unless a cell is being timed."""
+        """Tell that a second has passed in which no cell was timed, or what is seen of a long load on a server."""
         now = time.monotonic()
+        if self.live and self.waited and self.cell_since is not None and (seen := self.live.look(self.since)):
+            self.waited(seen)
         if self.waited and self.cell_since is None and now - max(self.told, self.since) >= WAITED_S:
             self.told = now
             self.waited(events.Waited())

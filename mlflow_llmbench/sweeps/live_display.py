@@ -26,7 +26,10 @@ SHORTEST_NAME = 12
 
 @dataclass(frozen=True)
 class Status:
-    """What is shown. `done`: cells that are done, with the share of the present one. `left`: time to the end."""
+    """What is shown. `done`: cells that are done, with the share of the present one. `left`: time to the end.
+
+    `load`: the last seconds of a load that is still sent, a line of its own.
+    """
 
     place: str
     name: str
@@ -34,6 +37,7 @@ class Status:
     done: float
     total: int
     left: str
+    load: str = ""
 
 
 class LiveDisplay:
@@ -87,7 +91,7 @@ def _started(stream: TextIO) -> Live:
 
 
 def block(status: Status, room: int) -> RenderableType:
-    """Return the two lines of a status, `room` columns wide."""
+    """Return the lines of a status, `room` columns wide: two, or three with a load."""
     from rich.console import Group
     from rich.progress_bar import ProgressBar
     from rich.table import Table
@@ -104,7 +108,9 @@ def block(status: Status, room: int) -> RenderableType:
     width = min(BAR_COLUMNS, max(room // 2, 1))
     left = Text(status.left, no_wrap=True, overflow="ellipsis")
     bar.add_row(ProgressBar(total=status.total or 1, completed=status.done, width=width), left)
-    return Group(line, bar)
+    load = Text(status.load, no_wrap=True, overflow="ellipsis")
+    load.truncate(room, overflow="ellipsis")
+    return Group(line, *([load] if status.load else []), bar)
 
 
 def cleaned(text: str, keep: str = "") -> str:

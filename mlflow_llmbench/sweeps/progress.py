@@ -84,6 +84,7 @@ class Progress:
         self.rows: set[str] = set()  # names of the cells whose row was shown
         self.widest = 0  # of these names
         self.rates: list[float] = []  # tokens per second of this cell's repetitions
+        self.load = ""  # last seconds of a load that is still sent
         self.places: dict[int, int] = {}  # number of a begun cell → its place in the order of measurement
         self.over: set[int] = set()  # numbers of cells that have ended, well or badly
         self.preparing = False
@@ -122,16 +123,19 @@ class Progress:
             case events.CompilationBegun():
                 self._now_and_log("compiling")
             case events.WarmupEnded(number=number, limit=limit, until_steady=until_steady):
-                self.timed_since = self.clock()
+                self.timed_since, self.load = self.clock(), ""
                 why = ", until the times are steady" if until_steady else ""
                 self._now(f"warm-up {number}/{limit}{why}", again=number > 1)
             case events.RepetitionEnded(number=number, limit=limit, tokens_per_s=rate):
-                self.repetitions[self.number], self.limit = number, limit
+                self.repetitions[self.number], self.limit, self.load = number, limit, ""
                 self.rates += [rate] if rate else []
                 self._now(f"repetition {number}/{limit}", log=self._repetition_line(number, limit), again=number != 1)
             case events.Waited():
                 self._draw(again=True)
+            case events.LoadObserved():
+                self._show_load(event)
             case events.CellMeasured(node=node):
+                self.load = ""
                 self._show_measured(node)
             case events.EvaluationBegun():
                 self._now_and_log("evaluating quality")
@@ -144,6 +148,14 @@ class Progress:
                 self.note(f"{f'{self._count()}: {self.name} ' if self.number else ''}failed: {message}")
             case events.JobEnded():
                 self._end()
+
+    def _show_load(self, seen: events.LoadObserved) -> None:
+        """Show the last seconds of a load: on a terminal in the block, elsewhere as a line a minute."""
+        self.load = load_text(seen)
+        if self.live:
+            self._draw(again=True)
+        elif self.clock() - self.written >= QUIET_S:
+            self._write(f"{self._count()}: {self.load}\n")
 
     def _repetition_line(self, number: int, limit: int) -> str:
         """Return the line of a log for a repetition, "" if it gets none."""
@@ -273,6 +285,7 @@ class Progress:
             len(self.over) - (0 in self.over) + done,  # 0: before the first cell
             self.total,
             self._end_text(),
+            "" if is_over else self.load,
         )
 
     def _count(self) -> str:
@@ -306,6 +319,18 @@ class Progress:
             self.stream.flush()
         except (OSError, ValueError):  # a closed pipe, a closed file, a character that the stream cannot encode
             self.stream = None
+
+
+def load_text(seen: events.LoadObserved) -> str:
+    """Return the last seconds of a load in one line: `12.4 requests/s · 38 in flight · TTFT 41, p95 95 ms · …`."""
+    parts = [f"{short_number_text(seen.requests / seen.seconds)} requests/s", f"{seen.in_flight} in flight"]
+    parts += [f"{seen.failed} failed"] if seen.failed else []
+    for name, times in (("TTFT", seen.ttft_ms), ("e2e", seen.e2e_ms)):
+        parts += [f"{name} {short_number_text(times[0])}, p95 {short_number_text(times[1])} ms"] if times else []
+    if seen.good is not None:
+        share = f" ({seen.good / seen.requests:.0%})" if seen.requests else ""
+        parts.append(f"goodput {short_number_text(seen.good / seen.seconds)}/s{share}")
+    return " · ".join(parts)
 
 
 def duration(seconds: float) -> str:

@@ -71,6 +71,8 @@ EXAMPLES: Sequence[Event] = (
     events.ScoringProgress(1, 3),
     events.ScoringProgress(7),
     events.Waited(),
+    events.LoadObserved(10.0, 40, 2, 8, (41.5, 95.25), (900.0, 1200.5), 36),
+    events.LoadObserved(3.5, 0, 0, 8, None, None, None),
     events.TextScored(TextScores("t", 9, 4, 2, ((0.5, 0.25),))),
     events.WorkloadCompared("qa", Divergence("r", "d", ((0.1,),), ((True,),))),
     events.TaskScored("arc", (TaskScore("arc", "acc", 0.5, None, 10, "1.0"),)),

@@ -17,6 +17,7 @@ from mlflow_llmbench.measure.events import (
     GroupBegun,
     JobEnded,
     JobFailed,
+    LoadObserved,
     MeasuringBegun,
     ModelLoaded,
     PeaksMeasured,
@@ -33,7 +34,7 @@ from mlflow_llmbench.records.results import LoadInfo
 from mlflow_llmbench.records.text import rough_duration
 from mlflow_llmbench.reports.result import Row
 from mlflow_llmbench.sweeps.live_display import LiveDisplay
-from mlflow_llmbench.sweeps.progress import STAGES, WRITES_PER_S, Progress, duration
+from mlflow_llmbench.sweeps.progress import STAGES, WRITES_PER_S, Progress, duration, load_text
 from mlflow_llmbench.system.memory import HostMemory
 
 from ..work import calls
@@ -217,6 +218,36 @@ def test_a_long_cell_gets_a_line_a_minute_in_a_log() -> None:
         "cell 1/1: repetition 7/10, up to 75 s left",
         "cell 1/1: repetition 10/10",
     ]
+
+
+def test_a_long_load_is_shown_while_it_is_sent() -> None:
+    seen = LoadObserved(10.0, 124, 2, 38, (41.2, 95.3), (910.0, 1450.0), 98)
+    assert load_text(seen) == (
+        "12.4 requests/s · 38 in flight · 2 failed · TTFT 41.2, p95 95.3 ms · e2e 910, p95 1450 ms"
+        " · goodput 9.80/s (79%)"
+    )
+    assert load_text(LoadObserved(3.0, 0, 0, 5, None, None, 0)) == "0 requests/s · 5 in flight · goodput 0/s"
+    begun = [*STARTED, LOADING, *LOADED, CellBegun(0), warmup(1), repetition(1)]
+    plain = LoadObserved(10.0, 50, 0, 8, (20.0, 30.0), (200.0, 300.0), None)
+    text = load_text(plain)
+    shown = Shown(1)
+    shown.progress.cell(1, "m online c8")
+    shown.after(1, *begun)
+    shown.after(2, plain)
+    assert screen(shown.stream.getvalue())[-2] == text
+    shown.after(2, repetition(2))
+    assert text not in screen(shown.stream.getvalue())
+    clock, log = Clock(), io.StringIO()
+    progress = Progress(log, clock)
+    progress.start(1)
+    progress.cell(1, "m online c8")
+    for event in begun:
+        progress.event(event)
+    before = log.getvalue()
+    for seconds, more in ((30, ""), (31, f"cell 1/1: {text}\n")):  # a line a minute
+        clock.now += seconds
+        progress.event(plain)
+        assert log.getvalue() == before + more
 
 
 def test_a_terminal_has_a_block_that_is_redrawn() -> None:

@@ -20,6 +20,8 @@ from ...config.request_fields import loaded, variables_of
 from ...config.server_command import arguments
 from ...loadgen.client import BuildRequest, Load, Trace
 from ...loadgen.http1 import Exchange, Limits
+from ...loadgen.request_board import VARIABLE as BOARD
+from ...loadgen.request_board import RequestBoard
 from ...loadgen.server_metrics import read_metrics
 from ...loadgen.server_process import ServerProcess, free_port, log_end, require_program
 from ...records.cell import PARAMETERS, Cell
@@ -99,6 +101,7 @@ class OpenAIBackend(NothingToFetch):
         self.options: dict[str, Any] = {}
         self.length_field = ""
         self.off_field: dict[str, Any] = {}  # switches thinking off
+        self.board: RequestBoard | None = None
         self._adapt(())
         self.facts: dict[str, str | int | float] = {}
         self.tokens_per_word, self.fixed_tokens = 1.0, 0.0
@@ -158,7 +161,7 @@ class OpenAIBackend(NothingToFetch):
         """
         cell, port, begun = self.cell, free_port(), time.monotonic()
         command = arguments(cell.launch or "", model=self.model.location, port=port, quant=cell.quant)
-        hidden = variables_of(cell.extra_body, cell.headers)
+        hidden = [*variables_of(cell.extra_body, cell.headers), BOARD]
         self.server = ServerProcess([require_program(command[0]), *command[1:]], log, hidden)
         started(self.server.keeper.pid, self.server.beginning)
         self.client.close()
@@ -304,7 +307,10 @@ class OpenAIBackend(NothingToFetch):
 
         asks = share.index == 0 and task.repetition >= 0
         scrape = self._metrics_request() if asks else b""
+        self.board = self.board or RequestBoard.of_environment()
+        self.client.board = self.board
         trace = self.client.run(build, share.load, task.expected, follow_up if talks else None, ready, scrape)
+        self.client.board = None
         for exchange in trace.exchanges:
             exchange.number = exchange.number * share.count + share.index if talks else share.number(exchange.number)
         return trace
