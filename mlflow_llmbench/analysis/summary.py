@@ -85,7 +85,7 @@ from .figures import Figures, distribution, mean_of, once_per_result
 from .latency import chunk_gaps_ms, e2e_ms, tpot_ms, ttft_ms
 from .online_metrics import online_figures, ramp_steps, stream_figures
 from .quality import figures
-from .rank_memory import rank_figures, rank_series
+from .ranks import rank_figures, rank_series
 from .repetitions import (
     COMPARED_VALUES,
     decode_rate,

@@ -44,6 +44,12 @@ class ParallelBackend(Backend, Protocol):
     def rank_memory(self) -> tuple[RankMemory, ...]:
         """Return the memory of each rank, this process first."""
 
+    def collective_share(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> float | None:
+        """Generate once, not for timing; return the share of the time that this rank spent in collectives.
+
+        Waiting for other ranks is part of it. None if it cannot be seen.
+        """
+
     def end_ranks(self) -> None:
         """End the other ranks, whatever they are doing. Called last."""
 

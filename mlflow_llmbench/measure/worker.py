@@ -32,7 +32,7 @@ from ..records.results import LoadInfo, ModelFacts
 from ..system import machine, memory
 from ..workloads.prompts import PromptSet, load_prompts
 from . import events
-from .batch import compare_decoding, compare_replies, measure_cell, time_texts
+from .batch import compare_decoding, compare_replies, measure_cell, time_texts, turns_of
 from .events import Event, JobFailed, Report, Stage
 from .journal import SERVER_LOG, EventLog
 from .logits import check_logits
@@ -354,6 +354,8 @@ def _measure_one(
             measured = replace(
                 measured, logits=check_logits(backend, cell, prompts, info.vocab_size or 32000, measured)
             )
+        if rank_pids(backend):
+            measured = replace(measured, collective_share=_collective_share(backend, cell, prompts, info))
         texts = tuple(
             {"prompt": backend.decode(prompt), "output": backend.decode(output)} for prompt, output in measured.outputs
         )
@@ -394,6 +396,21 @@ def _same_tokens(backend: Backend, cell: Cell, prompts: PromptSet, info: LoadInf
     except (LlmbenchError, MemoryError) as error:  # only this figure is lost
         print(f"Tokens of plain decoding: {error or 'memory ran out'}", file=sys.stderr)
         return ()
+
+
+PROFILED_TOKENS = 32
+"""Most output tokens of the pass in which collectives are timed: a profile grows with each step."""
+
+
+def _collective_share(backend: Backend, cell: Cell, prompts: PromptSet, info: LoadInfo) -> float | None:
+    """Return the share of time in collectives, in a pass over the prompts of the first repetition."""
+    sent = turns_of(backend, cell, prompts, info.vocab_size or 32000, 0)[0]
+    tokens = min(cell.output_tokens, PROFILED_TOKENS)
+    try:
+        return cast(ParallelBackend, backend).collective_share(sent, tokens)
+    except (LlmbenchError, MemoryError) as error:  # only this figure is lost
+        print(f"Time in collectives: {error or 'memory ran out'}", file=sys.stderr)
+        return None
 
 
 def _stage(stage: str, backend: Backend, send: Report) -> None:

@@ -48,6 +48,7 @@ SECTIONS = {
     "saturation": "a server beyond its capacity",
     "window": "an online load with and without ramp-up and drain",
     "goodput": "requests that met the service level objectives",
+    "parallel": "several ranks of a model, and compared with one",
     "twin": "a server compared with the same model without it",
     "errors": "failed requests",
     "lengths": "lengths that were sent and generated",
@@ -286,6 +287,18 @@ ADDED_MEMORY = Metric("twin", "added_host_needed_gb", "the same for peak host me
                       "GB", better="lower")
 THROUGHPUT_RATIO = Metric("twin", "throughput_ratio", "output tokens per second with the server ÷ without it",
                           better="higher")
+
+PARALLEL_EFFICIENCY = Metric(
+    "parallel", "efficiency_ratio",
+    "several ranks: output throughput ÷ (ranks · that of the same cell with one rank); interval of the comparison",
+    RATIO, INTERVAL, "higher", "parallel efficiency")
+TTFT_SPEEDUP = Metric(
+    "parallel", "ttft_speedup", "mean TTFT of the same cell with one rank ÷ that of several", "", INTERVAL, "higher")
+TPOT_SPEEDUP = Metric("parallel", "tpot_speedup", "the same of the mean TPOT", "", INTERVAL, "higher")
+COMMUNICATION = Metric(
+    "parallel", "communication_ratio",
+    "share of an untimed pass that rank 0 spent in collectives, waiting for other ranks included; only on a CPU",
+    RATIO, better="lower")
 
 FAILED_RATIO = Metric("errors", "failed_ratio", "requests not completed ÷ requests sent", RATIO, better="lower")
 FAILED = {word: Metric("errors", word, "requests that ended this way", better="lower") for word in FAILURES}

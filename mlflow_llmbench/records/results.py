@@ -246,6 +246,7 @@ class CellMeasurements:
     same_tokens: tuple[int, ...] = ()
     zeros: tuple[int, ...] | None = field(default=None, metadata=OMITTED)
     logits: LogitsCheck | None = field(default=None, metadata=OMITTED)
+    collective_share: float | None = field(default=None, metadata=OMITTED)  # of a pass of several ranks
 
 
 @dataclass(frozen=True)
@@ -426,6 +427,8 @@ class RunResult:
     text_times: TextTimes | None = None  # None if the prompts are not texts
     quality: Quality | None = None  # None where it was not asked for
     logits: LogitsCheck | None = field(default=None, metadata=OMITTED)  # None if they cannot be seen, or were not
+    # Of several ranks: share of a pass that was spent in collectives; None if it was not measured.
+    collective_share: float | None = field(default=None, metadata=OMITTED)
     sweep: str = ""
     linked: str = ""  # run (or folder) in which this result was measured, if it was not measured again
     # Run (or folder) in which the first processes were measured, if an earlier command was stopped before the last.

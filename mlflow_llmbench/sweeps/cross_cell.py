@@ -1,12 +1,13 @@
-"""Findings that need several results of a sweep: pairs with and without a server, and the limits of a search."""
+"""Findings that need several results of a sweep: a server and none, several ranks and one, the limits of a search."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..analysis import goodput, server_overhead
+from ..analysis import goodput, parallel, server_overhead
 from ..config.cells import without_server
 from ..records.cell import Options
 from ..records.codec import to_json
@@ -47,6 +48,11 @@ def cross_findings(results: Sequence[RunResult], names: Sequence[str], options: 
         )
         added.append(server_overhead.added(offline, result) if offline else {})
         sentences += [server_overhead.sentence(name, added[-1])] if offline else []
+        ranks = result.cell.tensor_parallel
+        several = ranks > 1 and result.cell in whole
+        if one := whole.get(dataclasses.replace(result.cell, tensor_parallel=1)) if several else None:
+            added[-1] |= parallel.gained(one, result)
+            sentences.append(parallel.sentence(name, ranks, added[-1], result.collective_share))
     limits = goodput.limits(results, options.attainment) if options.find else []
     sentences += [limit.sentence() for limit in limits]
     figures = limits[0].figures() if len(limits) == 1 else {}

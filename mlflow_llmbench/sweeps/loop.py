@@ -424,9 +424,9 @@ class Sweep:
             job.row = Row(job.cell, word, message=failure.message)
 
     def _find_across_cells(self) -> None:
-        """Add metrics and findings that need several cells (`twin` pairs, the limits of `find`), if requested."""
+        """Add metrics and findings that need several cells: pairs of `twin` or of ranks, the limits of `find`."""
         options = self.plan.spec.options
-        if not (options.twin or options.find):
+        if not (options.twin or options.find or max(job.cell.tensor_parallel for job in self.jobs) > 1):
             return
         with self.recorder.report_errors("what the cells say together"):
             whole = [job for job in self.jobs if job.row and job.row.outcome == "ok"]
@@ -434,7 +434,7 @@ class Sweep:
             self.findings = cross_findings(results, [job.name for job in whole], options)
             for job, result, figures in zip(whole, results, self.findings.added, strict=True):
                 job.row = with_figures(job.row, figures) if job.row else None
-                self.recorder.add(job.run_id, f"what the server adds to {job.name}", figures, result.ended_ms)
+                self.recorder.add(job.run_id, f"what {job.name} shows beside other cells", figures, result.ended_ms)
             if options.find:
                 write_json(self.folder / "comparison" / "goodput.json", self.findings.as_json())
 

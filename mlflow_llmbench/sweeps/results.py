@@ -52,6 +52,7 @@ def measured_result(job: Job, spec: BenchSpec, environment: Mapping[str, Any]) -
         compile_s=measured[0].compile_s,
         same_tokens=measured[0].same_tokens,
         logits=next((one.logits for one in measured if one.logits and one.logits.nonfinite), measured[0].logits),
+        collective_share=measured[0].collective_share,
         quality=quality_order.quality_of(spec.options, job.cell, first),
         log=tuple(first.log),
     )

@@ -261,6 +261,7 @@ def test_the_largest_rank_and_the_sum_of_all_are_told() -> None:
     found = summary.summarize(measured)
     assert (found["memory/host_needed_gb_peak"], found["memory/rank_host_needed_gb_peak"]) == (5, 3)
     assert (found["memory/rank_host_needed_gb_loaded"], found["memory/rank_weight_gb"]) == (1, 2)
+    assert summary.summarize(dataclasses.replace(measured, collective_share=0.5))["parallel/communication_ratio"] == 0.5
     assert found["settings/tensor_parallel"] == 2 and "memory/rank_device_gb_peak" not in found
     points = [(p.key, p.step, p.value) for p in summary.series(measured) if "rank" in p.key]
     assert points == [

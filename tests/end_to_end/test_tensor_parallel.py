@@ -42,7 +42,10 @@ def test_one_and_two_ranks_into_mlflow(store_uri: str, tiny_model: Path) -> None
         # Two interpreters with torch: nearly all of the memory of such a small model.
         assert two.metrics["memory/host_needed_gb_loaded"] > 1.5 * one.metrics["memory/host_needed_gb_loaded"]
         assert two.metrics["memory/rank_host_needed_gb_peak"] < 0.7 * two.metrics["memory/host_needed_gb_peak"]
-        assert "memory/rank_weight_gb" not in one.metrics
+        assert "memory/rank_weight_gb" not in one.metrics and "parallel/communication_ratio" not in one.metrics
+        assert 0 < two.metrics["parallel/communication_ratio"] < 1
+        if "invalid" not in (one.tags["llmbench.verdict"], two.tags["llmbench.verdict"]):
+            assert two.metrics["parallel/efficiency_ratio"] > 0
         assert two.metrics["quality/kl_vs_reference"] == pytest.approx(one.metrics["quality/kl_vs_reference"], abs=1e-3)
     [two_ranks] = [
         one for one in load_results(result.folder) if one.cell.tensor_parallel == 2 and one.cell.batch_size == 4

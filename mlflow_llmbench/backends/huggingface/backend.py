@@ -428,6 +428,10 @@ class TransformersBackend:
         assert self.ranks
         return self.ranks.memory(self.device_memory(), self.parts if self.model else [])
 
+    def collective_share(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> float | None:
+        self.ready(prompts, output_tokens)
+        return sharding.collective_share(lambda: self.generate(prompts, output_tokens, lambda _: None))
+
     def end_ranks(self) -> None:
         if self.ranks:
             self.ranks.close()

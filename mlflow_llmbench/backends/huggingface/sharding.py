@@ -10,7 +10,8 @@ import dataclasses
 import importlib.util
 import os
 import sys
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -176,6 +177,24 @@ def meet() -> None:
         dist.barrier(device_ids=[torch.cuda.current_device()])
     else:
         dist.barrier()
+
+
+def collective_share(run: Callable[[], None]) -> float | None:
+    """Run something; return the share of its time that gloo's collectives took in this rank. None with NCCL.
+
+    They are timed by torch's profiler, which makes the rest a little longer.
+    """
+    import torch.distributed as dist
+    from torch.profiler import ProfilerActivity, profile
+
+    if dist.get_backend() != "gloo":
+        return None
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        started = time.perf_counter()
+        run()
+        seconds = time.perf_counter() - started
+    inside = sum(event.cpu_time_total for event in seen.key_averages() if event.key.startswith("gloo:"))
+    return min(float(inside) / 1e6 / seconds, 1.0)
 
 
 def load_keywords(cell: Cell) -> dict[str, Any]:

@@ -90,6 +90,12 @@ def test_the_memory_and_the_cpu_time_of_all_ranks_count(both: tuple[Any, ...]) -
     assert after.own_s - before.own_s > time.process_time() - begun
 
 
+def test_the_time_in_collectives_is_a_share(both: tuple[Any, ...]) -> None:
+    """Two layers with 6 all-reduces in each step: some of the time, and never all of it."""
+    _, _, two, _ = both
+    assert 0 < two.collective_share(PROMPTS, 4) < 1
+
+
 def test_logits_can_be_watched(both: tuple[Any, ...]) -> None:
     _, _, two, _ = both
     with two.watch_logits() as watch:

@@ -1,4 +1,4 @@
-"""Memory of the single ranks of a model that runs in several. Pure; empty for one that does not."""
+"""Figures of the single ranks of a model that runs in several. Pure; empty for one that does not."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from ..records.metric import GB, Metric, Series
 from ..records.metrics import (
+    COMMUNICATION,
     RANK_DEVICE,
     RANK_DEVICE_PEAKS,
     RANK_HOST,
@@ -18,9 +19,9 @@ from .figures import Figures
 
 
 def rank_figures(result: RunResult) -> Figures:
-    """Metrics of the rank with most memory, by MLflow key."""
+    """Metrics of the rank with most memory, and of the time in collectives, by MLflow key."""
     ranks, parts = result.memory.ranks or (), (result.load.ranks if result.load else None) or ()
-    found: Figures = {}
+    found: Figures = {COMMUNICATION.key(): result.collective_share}
     for metric in (RANK_HOST, RANK_DEVICE):
         for stage in metric.statistics:
             sizes = [size for rank in ranks if (size := _stages(rank, metric).get(stage)) is not None]
