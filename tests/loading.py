@@ -1,4 +1,4 @@
-"""A backend with its model loaded, as a worker would have it."""
+"""A backend with its model loaded, as a worker would have it, in one rank or in several."""
 
 from __future__ import annotations
 
@@ -22,3 +22,19 @@ def loaded(cell: Cell) -> Iterator[tuple[Any, LoadInfo]]:
         yield backend, backend.load()
     finally:
         backend.close()
+
+
+@contextmanager
+def in_ranks(cell: Cell) -> Iterator[tuple[Any, LoadInfo]]:
+    """Yield the backend of a cell with its other ranks, loaded; end them afterwards, also after an error."""
+    import torch
+
+    kind: Any = backend_class(cell.backend)
+    backend = kind(cell, kind.resolve(cell))
+    try:
+        backend.start_ranks()
+        yield backend, backend.load()
+    finally:
+        backend.end_ranks()
+        if torch.distributed.is_initialized():  # ranks that failed are not left in order
+            torch.distributed.destroy_process_group()

@@ -4,35 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mlflow_llmbench.backends.huggingface.backend import TransformersBackend
 from mlflow_llmbench.backends.parallel import host_of
 from mlflow_llmbench.records.cell import Cell
-from mlflow_llmbench.records.errors import MeasurementError, WorkerCrashed
-from mlflow_llmbench.records.results import LoadInfo
 from mlflow_llmbench.system import machine, memory
-from tests.loading import loaded
+from tests.loading import in_ranks, loaded
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 
 PROMPTS = [[5, 40, 7, 300, 12, 9, 77, 130], [8, 2, 411, 5, 90, 33, 6, 210], [1] * 8, [400, 3, 4, 5, 6, 7, 8, 9]]
-
-
-@contextmanager
-def in_ranks(cell: Cell) -> Iterator[tuple[TransformersBackend, LoadInfo]]:
-    """Yield the backend of a cell with its other ranks, loaded; end them afterwards, also after an error."""
-    backend = TransformersBackend(cell, TransformersBackend.resolve(cell))
-    try:
-        backend.start_ranks()
-        yield backend, backend.load()
-    finally:
-        backend.end_ranks()
 
 
 def tokens(backend: Any, prompts: list[list[int]], count: int = 8) -> list[list[int]]:
@@ -103,28 +88,3 @@ def test_logits_can_be_watched(both: tuple[Any, ...]) -> None:
     assert (watch.checked, watch.nonfinite, watch.weights()) == (6, 0, ())
     watch.nonfinite = 1
     assert watch.weights() == ()  # looks at the parameters of this rank only, which are finite
-
-
-@pytest.mark.slow
-def test_a_rank_that_is_killed_ends_the_call_and_says_so(tiny_model: Path) -> None:
-    with in_ranks(Cell(model=str(tiny_model), quant="fp32", tensor_parallel=2)) as (backend, _):
-        assert backend.ranks
-
-        def kill(step: Any) -> None:
-            backend.ranks.processes[0].kill()
-
-        with pytest.raises(
-            WorkerCrashed, match=r"^Rank 1 of 2 ended with signal SIGKILL, perhaps because memory ran out"
-        ):
-            backend.generate(PROMPTS, 64, kill)
-        with pytest.raises(WorkerCrashed, match="SIGKILL"):
-            tokens(backend, PROMPTS)
-    assert backend.ranks.processes[0].returncode is not None
-
-
-@pytest.mark.slow
-def test_an_error_of_another_rank_is_told_with_its_number(tiny_model: Path) -> None:
-    with in_ranks(Cell(model=str(tiny_model), quant="fp32", tensor_parallel=2)) as (backend, _):
-        assert backend.ranks
-        with pytest.raises(MeasurementError, match=r"^Rank 1 of 2: unsupported operand"):
-            backend.ranks.begin("generate", PROMPTS, None)
