@@ -15,7 +15,7 @@ from mlflow_llmbench.cli.main import main
 from mlflow_llmbench.config import models, spec
 from mlflow_llmbench.config.cells import expand_cells
 from mlflow_llmbench.config.choices import GRIDS
-from mlflow_llmbench.config.model_shape import PROCESS_BYTES
+from mlflow_llmbench.config.model_shape import PROCESS_BYTES, Shape
 from mlflow_llmbench.config.spec import parse
 from mlflow_llmbench.records.cell import Cell, default_text
 from mlflow_llmbench.records.errors import MissingError, UsageError
@@ -168,6 +168,27 @@ def test_ranks_share_the_weights_and_add_their_processes(nvml: Callable[[str], N
     assert times[1] == pytest.approx(times[0] / 2)
     on_cpu = dataclasses.replace(two, device="cpu")
     assert estimate.least_seconds(on_cpu, facts, preset.shape, rates) == times[0]
+
+
+SEVENTY = {
+    "model_type": "llama", "hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64,
+    "num_key_value_heads": 8, "intermediate_size": 28672, "vocab_size": 32000, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize(
+    ("name", "config"), [("llama-2-13b", dict(models.PRESETS["llama-2-13b"].config)), ("a Llama of 70B", SEVENTY)]
+)
+def test_the_page_has_the_predicted_memory_of_each_gpu(name: str, config: dict[str, object], rows: int) -> None:
+    shape, facts = Shape.from_config(config), ModelFacts("m", "folder", "/m", "r", config, dtype="float16")
+    cell = Cell(model="m", quant="fp16", batch_size=rows, prompt_tokens=2048, output_tokens=256)
+    sizes = [
+        (estimate.predicted_bytes(dataclasses.replace(cell, tensor_parallel=gpus), facts, shape) or 0) / gpus / 1e9
+        for gpus in (1, 2, 4, 8)
+    ]
+    row = " | ".join([name, str(rows), *(f"{size:.1f}" for size in sizes)])
+    assert f"| {row} |" in (Path(__file__).parents[2] / "docs" / "scale.md").read_text()
 
 
 def test_the_plan_says_cells_memory_time_and_refusals(

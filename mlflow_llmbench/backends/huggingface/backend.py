@@ -165,6 +165,7 @@ class TransformersBackend:
         gc.collect()
         found = inspect_model(self.model)
         verify(self.cell.quant, self.device, found)
+        sharding.verify(self.cell, self.model)
         if self.plan:
             verify_plan(self.plan.modules, self.model)
         if gguf_file and self.cell.quant == "none" and not any("gguf" in name.lower() for name in found.linear_classes):

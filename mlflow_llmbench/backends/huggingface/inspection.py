@@ -112,7 +112,7 @@ def inspect_model(model: Any) -> Inspection:
     layers = _by_class(recipe.linear_layers(model))
     experts = [*_experts(model)]
     mapped = memory.mapped_parts(spans)
-    weights = sum(one.weights for one in layers.values()) + sum(tensor.numel() for tensor in experts)
+    weights = sum(one.weights for one in layers.values()) + sum(recipe.local(tensor).numel() for tensor in experts)
     stored = sum(one.bytes for one in layers.values()) + sum(map(stored_bytes, experts))
     return Inspection(
         parameters,

@@ -19,15 +19,22 @@ from typing import Any
 
 from ...config.model_shape import Shape
 from ...records.cell import Cell
-from ...records.errors import MissingError, foreign_errors
+from ...records.errors import MissingError, NotRealised, foreign_errors
 from ...records.quantizations import FLOAT_DTYPES
 from ...records.results import LoadInfo, ModelFacts, RankLoad
 from ...system import gpu, machine, memory
 from ..checkpoints import architectures, sources
+from . import recipe
 from .inspection import Inspection
 
 SHARDED = ("none", *FLOAT_DTYPES)
 """Quantizations whose layers transformers shards as it shards unquantized ones."""
+
+NOT_REALISED = ("doge", "hrm_text", "inkling_text")
+"""Model types whose plan in transformers 5.23 fails in the first call, or gives other logits (hrm_text)."""
+
+MOST_HELD = 0.9
+"""Largest share of a model that a rank may hold: hardly any layer is sharded if it is more."""
 
 PATIENCE = timedelta(hours=2)
 """Time that a rank waits for another in a collective. One that has ended is noticed at once."""
@@ -82,6 +89,11 @@ def refusal(cell: Cell, model: ModelFacts) -> str | None:
         return (
             f"{asked} is not possible with {cell.model}: transformers has no plan to shard the architecture "
             f"{text.get('model_type')}. Use tensor_parallel=1, or another model such as a Llama or Qwen."
+        )
+    if text.get("model_type") in NOT_REALISED:
+        return (
+            f"{asked} is not possible with {cell.model}: transformers' plan to shard the architecture "
+            f"{text['model_type']} fails, or changes what the model computes. Use tensor_parallel=1."
         )
     return _uneven(cell, config) or _too_few(cell)
 
@@ -204,6 +216,17 @@ def load_keywords(cell: Cell) -> dict[str, Any]:
     from transformers.distributed.configuration_utils import DistributedConfig
 
     return {"distributed_config": DistributedConfig(tp_size=cell.tensor_parallel)}
+
+
+def verify(cell: Cell, model: Any) -> None:
+    """Raise NotRealised if this rank holds nearly the whole model, because its plan names hardly any of its layers."""
+    sizes = [(recipe.local(one).nbytes, one.numel() * one.element_size()) for one in model.parameters()]
+    held, total = (sum(column) for column in zip(*sizes, strict=True))
+    if cell.tensor_parallel > 1 and held > MOST_HELD * total:
+        raise NotRealised(
+            f"tensor_parallel={cell.tensor_parallel} was asked for, but each rank holds {held / total:.0%} of the "
+            f"model: transformers' plan for {type(model).__name__} shards hardly any layer. Use tensor_parallel=1."
+        )
 
 
 def whole(info: LoadInfo, parts: Sequence[Part]) -> LoadInfo:

@@ -38,6 +38,9 @@ def refused(cell: Cell, config: dict[str, Any] = LLAMA, source: str = "folder") 
                                         "Use tensor_parallel=1,2."),
         ({}, OPT, "tensor_parallel=2 is not possible with m: transformers has no plan to shard the architecture opt. "
                   "Use tensor_parallel=1, or another model such as a Llama or Qwen."),
+        ({}, LLAMA | {"model_type": "hrm_text"},
+         "tensor_parallel=2 is not possible with m: transformers' plan to shard the architecture hrm_text fails, or "
+         "changes what the model computes. Use tensor_parallel=1."),
         ({"quant": "int8"}, LLAMA, "tensor_parallel=2 cannot shard quant=int8. Use an unquantized checkpoint with "
                                    "quant=none,fp32,fp16,bf16."),
         ({}, LLAMA | {"quantization_config": {"quant_method": "gptq"}},
