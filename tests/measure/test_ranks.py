@@ -57,6 +57,9 @@ class Ranked(FakeBackend):
     def rank_memory(self):
         return (RankMemory(memory.read()), RankMemory(memory.read(self.process.pid)))
 
+    def collective_share(self, prompts, output_tokens):
+        return output_tokens / 100
+
     def end_ranks(self):
         self.process.kill()
 '''
@@ -89,6 +92,7 @@ def measured(job: WorkerJob) -> tuple[GroupOutcome, int]:
 def test_the_memory_of_a_cell_is_that_of_all_its_ranks(job: WorkerJob) -> None:
     outcome, pid = measured(job)
     assert outcome.error is None and memory.read(pid) is None
+    assert outcome.measured[0].collective_share == 0.04
     stages = stages_of(outcome, 0)
     assert stages.ranks and len(stages.ranks) == 2
     first, second = (rank.host_needed for rank in stages.ranks)
