@@ -84,3 +84,10 @@ def test_processes_of_a_world_that_differ_raise_few_alarms(template: Any) -> Non
 def test_references_are_compared_too(template: Any, tmp_path: Path) -> None:
     folders = [write_sweep(tmp_path / name, [made(step=step)]) for name, step in (("a", 10), ("b", 20))]
     assert compare(folders[0], str(folders[1]), calibrations=()).effect(RATE).effect == "worse"  # type: ignore[union-attr]
+
+
+def test_results_of_a_sweep_are_in_the_order_in_which_they_were_measured(tmp_path: Path) -> None:
+    begun = {1: 3_000, 2: 1_000, 4: 2_000}  # the folder of a batch size is named by it here
+    made_then = [replace(made(batch=batch), started_ms=started) for batch, started in begun.items()]
+    found = load_results(write_sweep(tmp_path / "sweep", made_then))
+    assert [result.cell.batch_size for result in found] == [2, 4, 1]

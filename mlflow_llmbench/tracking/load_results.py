@@ -25,9 +25,10 @@ SWEEP_ID = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{6}")
 def load_results(reference: str | os.PathLike[str], tracking_uri: str | None = None) -> Results:
     """Load results from a journal folder (of a cell or a sweep), a run id, `runs:/<id>`, a sweep's name, or `latest`.
 
-    The parent run of a sweep gives the results of its cells. The list has `to_pandas()` and `best("throughput")`, and a
-    notebook shows it as a table. Raises JournalError or TrackingError, with a one-line message that says what was
-    looked for, NotComparable for an imported run, and UsageError for what is no reference.
+    The results of a sweep, of its folder or its parent run, are in the order in which they were measured. The list has
+    `to_pandas()` and `best("throughput")`, and a notebook shows it as a table. Raises JournalError or TrackingError,
+    with a one-line message that says what was looked for, NotComparable for an imported run, and UsageError for what is
+    no reference.
     """
     reference, _ = resolve(reference, tracking_uri)
     folder = Path(reference)
@@ -42,7 +43,7 @@ def load_results(reference: str | os.PathLike[str], tracking_uri: str | None = N
                 f"The folder {reference} holds no result. "
                 "Give the folder that `llmbench run` printed, or that of a cell in it."
             )
-        return Results(read_result(file.parent) for file in found)
+        return Results(sorted((read_result(file.parent) for file in found), key=lambda result: result.started_ms))
     run = RUN_REFERENCE.fullmatch(reference)
     if run is None and not SWEEP_ID.fullmatch(reference):
         raise JournalError(
