@@ -17,6 +17,11 @@ from .escaping import plain
 from .recommendation import answer, recommendation_json, shown_with_interval
 from .sweep_result import SweepResult, format_locations, sweep_json
 
+BUSY_CPUS = 0.2
+"""CPUs from which on other programs are worth a word beforehand."""
+
+BUSY_NOW = "Other programs use {:.1f} CPUs now, which makes results suspect. Stop them for a decision that counts."
+
 BUSY = "a busy machine"
 """Reason that is proposed to accept suspect results."""
 
@@ -25,7 +30,8 @@ BUSY = "a busy machine"
 class QuickstartPlan:
     """What a quickstart will do: the model in words, quantizations, a cell for its lengths, and its estimated needs.
 
-    Bytes are None if unknown. `left_out`: what could take part if it were installed, and how.
+    Bytes are None if unknown. `left_out`: what could take part if it were installed, and how. `busy_cpus`: CPUs that
+    other programs use now.
     """
 
     model: str
@@ -36,6 +42,7 @@ class QuickstartPlan:
     free_bytes: int | None
     disk_bytes: int
     left_out: str = ""
+    busy_cpus: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,7 @@ def format_quickstart_plan(told: QuickstartPlan) -> str:
         f"tokens, batch size {cell.batch_size}, {plural(cell.repetitions or 0, 'repetition')} each.",
         f"Takes about {rough_duration(told.seconds)}, up to {' and '.join(needs)}. Ctrl-C keeps what was measured.",
         *([f"Left out: {told.left_out}"] if told.left_out else []),
+        *([BUSY_NOW.format(told.busy_cpus)] if told.busy_cpus >= BUSY_CPUS else []),
     ]
     return "\n".join(map(plain, lines))
 

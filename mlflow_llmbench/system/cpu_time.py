@@ -1,4 +1,4 @@
-"""CPU time of another process, from its own clock."""
+"""CPU time of other processes: of one from its own clock, and CPUs that all programs use."""
 
 from __future__ import annotations
 
@@ -20,3 +20,10 @@ def process_s(pid: int) -> float | None:
         return time.clock_gettime(~pid << 3 | CPU_CLOCK)
     except OSError:
         return None
+
+
+def busy_cpus(seconds: float = 0.5) -> float:
+    """Return the number of CPUs that programs use on this machine, mean of `seconds` in which this one waits."""
+    import psutil
+
+    return float(psutil.cpu_percent(interval=seconds) / 100 * (psutil.cpu_count() or 1))

@@ -25,7 +25,7 @@ from ..reports.quickstart import QuickstartPlan, QuickstartResult
 from ..sweeps.planning import Plan, PlannedCell, plan
 from ..sweeps.progress import NullListener, ProgressListener
 from ..sweeps.sweep import execute, open_executor
-from ..system import estimate
+from ..system import cpu_time, estimate
 from . import recommend
 
 SMALL_MODEL = "pythia-160m"
@@ -212,6 +212,7 @@ def _told(planned: Plan, chosen: Model, given: Mapping[str, str], left_out: str)
         free,
         _new_bytes(cells) + RESULT_BYTES * len(cells),
         left_out,
+        cpu_time.busy_cpus(),
     )
 
 

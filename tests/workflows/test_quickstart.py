@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import shlex
@@ -47,6 +48,15 @@ def test_without_a_model_the_weights_are_random_and_it_says_so() -> None:
     assert "64 prompt tokens, 16 output tokens, batch size 1, 10 repetitions each." in told
     assert "GB of disk. Ctrl-C keeps what was measured." in told
     assert prepared.plan.memory_bytes and prepared.plan.disk_bytes > 2 * 162_322_944 and prepared.plan.seconds > 30
+
+
+def test_a_busy_machine_is_told_beforehand(tiny_model: Path) -> None:
+    plan = quickstart.prepare(str(tiny_model)).plan
+    told = format_quickstart_plan(dataclasses.replace(plan, busy_cpus=1.44)).splitlines()
+    assert told[-1] == (
+        "Other programs use 1.4 CPUs now, which makes results suspect. Stop them for a decision that counts."
+    )
+    assert "Other programs" not in format_quickstart_plan(dataclasses.replace(plan, busy_cpus=0.1))
 
 
 def test_a_model_that_was_unpacked_is_taken(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
