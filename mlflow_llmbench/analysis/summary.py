@@ -27,6 +27,7 @@ from ..records.metrics import (
     E2E_WITH_TEXT,
     EFFECTIVE_REPETITIONS,
     FIRST_CALL,
+    FORWARD,
     GPU_MEMORY,
     GPU_POWER,
     GPU_UTILIZATION,
@@ -208,7 +209,7 @@ def _latency(result: RunResult) -> Figures:
     found = {k: v for metric, pool in pools.items() for k, v in distribution(metric, pool, every[0].rows).items()}
     for metric in (TTFT, TPOT, E2E):
         found |= _spread_of_mean(result, metric)
-    return found
+    return found | distribution(FORWARD, [ns / 1e6 for ns in result.forward_ns or ()])
 
 
 def _spread_of_mean(result: RunResult, metric: Metric) -> Figures:

@@ -225,6 +225,13 @@ class DecodingBackend(Backend, Protocol):
         """Generate as with decode=generate and kv_cache=auto, to compare the tokens of another path with. Not timed."""
 
 
+class ForwardBackend(Backend, Protocol):
+    """A backend that can run the model without generating."""
+
+    def forward(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Run one forward pass over all rows, with a new KV cache, and return when the device has done it."""
+
+
 class LogitsWatch(Protocol):
     """What was seen of logits: vectors, those with a NaN or an infinite value, and the first token chosen from one."""
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from ..backends.base import Backend, DecodingBackend, History
+from ..backends.base import Backend, DecodingBackend, ForwardBackend, History
 from ..backends.parallel import ParallelBackend, rank_pids
 from ..records.cell import Cell
 from ..records.errors import MeasurementError
@@ -29,6 +29,9 @@ from .stopping import enough
 
 LEAST_WARMUPS = 3
 MOST_WARMUPS = 12
+
+MOST_FORWARDS = 10
+"""Most timed forward passes alone: as many runs as the paper's evaluation has."""
 
 
 @dataclass(frozen=True)
@@ -207,6 +210,29 @@ def time_texts(
         backend.decode(output)
         stamps.append((encoded - begun, clock() - encoded))
     return TextTimes(tuple(one for one, _ in stamps), tuple(other for _, other in stamps))
+
+
+def time_forward(
+    backend: Backend, cell: Cell, prompts: PromptSet, vocab_size: int, repetitions: int
+) -> tuple[int, ...]:
+    """Time the forward pass over the prompts alone, without `generate`: ns for each of at most `MOST_FORWARDS` runs.
+
+    The prompts are those of the first repetitions; one run before them is discarded. Empty if the backend has no such
+    pass, for conversations, and for a model in several ranks. Called after the peak memory was read.
+    """
+    if not hasattr(backend, "forward") or cell.history != "none" or rank_pids(backend):
+        return ()
+    forward, found = cast(ForwardBackend, backend).forward, []
+    for number in (0, *range(min(repetitions, MOST_FORWARDS))):
+        [rows] = turns_of(backend, cell, prompts, vocab_size, number)
+        gc.disable()
+        try:
+            begun = time.perf_counter_ns()
+            forward(rows)
+            found.append(time.perf_counter_ns() - begun)
+        finally:
+            gc.enable()
+    return tuple(found[1:])
 
 
 def compare_decoding(backend: DecodingBackend, cell: Cell, prompts: PromptSet, vocab_size: int) -> tuple[int, ...]:

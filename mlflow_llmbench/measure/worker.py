@@ -32,7 +32,7 @@ from ..records.results import LoadInfo, ModelFacts
 from ..system import machine, memory
 from ..workloads.prompts import PromptSet, load_prompts
 from . import events
-from .batch import compare_decoding, compare_replies, measure_cell, time_texts, turns_of
+from .batch import compare_decoding, compare_replies, measure_cell, time_forward, time_texts, turns_of
 from .events import Event, JobFailed, Report, Stage
 from .journal import SERVER_LOG, EventLog
 from .logits import check_logits
@@ -351,9 +351,9 @@ def _measure_one(
             except (LlmbenchError, MemoryError) as error:  # only this figure is lost
                 print(f"Replies with a recomputed history: {error or 'memory ran out'}", file=sys.stderr)
         if not backend.capabilities.online:
-            measured = replace(
-                measured, logits=check_logits(backend, cell, prompts, info.vocab_size or 32000, measured)
-            )
+            vocab = info.vocab_size or 32000
+            measured = replace(measured, forward_ns=_forward(backend, cell, prompts, vocab, len(measured.repetitions)))
+            measured = replace(measured, logits=check_logits(backend, cell, prompts, vocab, measured))
         if rank_pids(backend):
             measured = replace(measured, collective_share=_collective_share(backend, cell, prompts, info))
         texts = tuple(
@@ -382,6 +382,15 @@ def _compile(backend: Backend, cell: Cell, prompts: PromptSet, info: LoadInfo, s
     sent = prompts.batch(cell, 0, info.vocab_size or 32000, encode)
     longest = cell.prompt_tokens or max(len(backend.encode(text)) for text in prompts.texts)
     return cast(DecodingBackend, backend).compile(sent, longest, cell.output_tokens)
+
+
+def _forward(backend: Backend, cell: Cell, prompts: PromptSet, vocab: int, repetitions: int) -> tuple[int, ...]:
+    """Time the forward pass alone. A stream of requests has no batch of its own."""
+    try:
+        return () if cell.batching else time_forward(backend, cell, prompts, vocab, repetitions)
+    except (LlmbenchError, MemoryError) as error:  # only this figure is lost
+        print(f"The forward pass alone: {error or 'memory ran out'}", file=sys.stderr)
+        return ()
 
 
 def _same_tokens(backend: Backend, cell: Cell, prompts: PromptSet, info: LoadInfo) -> tuple[int, ...]:

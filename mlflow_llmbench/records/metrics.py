@@ -115,6 +115,9 @@ ICL = Metric(
     "ms", ("mean", "p50", "p95", "p99"), "lower", places=(Line(50, "p50", "inter-chunk latency, median"),))
 TTFO = Metric("latency", "ttfo_ms", "start → first token outside a reasoning channel",
               "ms", ("mean", "p50", "p95", "p99"), "lower")
+FORWARD = Metric(
+    "latency", "forward_ms", "one forward pass over the prompts alone, without generate(): ids on the host → done",
+    "ms", ("mean", "p50"), "lower", "forward pass")
 TOKENIZE = Metric("latency", "tokenize_ms", "prompt text → ids, measured after the repetitions; only for text prompts",
                   "ms", ("p50",), "lower")
 DETOKENIZE = Metric("latency", "detokenize_ms", "answer ids → text, measured likewise", "ms", ("p50",), "lower")

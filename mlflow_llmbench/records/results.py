@@ -232,7 +232,8 @@ class CellMeasurements:
     `outputs` holds prompt and output ids of each prompt's first repetition, for text workloads. The prompt of a
     conversation is everything before the last answer. `same_replies` and `same_tokens` are the results of
     `compare_replies` and `compare_decoding` in `measure.batch`. `zeros`: for each repetition, the most ids 0 at the end
-    of a row, which logits give that are all NaN. `logits`: None if they were not looked at.
+    of a row, which logits give that are all NaN. `logits`: None if they were not looked at. `forward_ns`: times of the
+    forward pass alone.
     """
 
     first_call_ms: float
@@ -247,6 +248,7 @@ class CellMeasurements:
     zeros: tuple[int, ...] | None = field(default=None, metadata=OMITTED)
     logits: LogitsCheck | None = field(default=None, metadata=OMITTED)
     collective_share: float | None = field(default=None, metadata=OMITTED)  # of a pass of several ranks
+    forward_ns: tuple[int, ...] | None = field(default=None, metadata=OMITTED)
 
 
 @dataclass(frozen=True)
@@ -429,6 +431,7 @@ class RunResult:
     logits: LogitsCheck | None = field(default=None, metadata=OMITTED)  # None if they cannot be seen, or were not
     # Of several ranks: share of a pass that was spent in collectives; None if it was not measured.
     collective_share: float | None = field(default=None, metadata=OMITTED)
+    forward_ns: tuple[int, ...] | None = field(default=None, metadata=OMITTED)  # of the forward pass alone
     sweep: str = ""
     linked: str = ""  # run (or folder) in which this result was measured, if it was not measured again
     # Run (or folder) in which the first processes were measured, if an earlier command was stopped before the last.

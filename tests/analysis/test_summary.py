@@ -143,6 +143,13 @@ def test_what_lies_around_the_model_is_of_each_row() -> None:
     assert "latency/e2e_with_text_ms_mean" not in summary.summarize(plain)
 
 
+def test_the_forward_pass_alone_has_its_mean_and_median() -> None:
+    plain = result([[2.0] * 7] * 6)
+    metrics = summary.summarize(dataclasses.replace(plain, forward_ns=(4_000_000, 2_000_000, 9_000_000)))
+    assert (metrics["latency/forward_ms_mean"], metrics["latency/forward_ms_p50"]) == (5.0, 4.0)
+    assert not any(key.startswith("latency/forward") for key in summary.summarize(plain))
+
+
 def test_series_have_their_steps_and_real_times() -> None:
     points = summary.series(result([[2, 4], [6, 8], [6, 10]]))
     itl = {p.step: (p.value, p.wall_ms) for p in points if p.key == "steps/itl_ms"}

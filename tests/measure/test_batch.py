@@ -11,7 +11,7 @@ import pytest
 
 from mlflow_llmbench.analysis import latency, summary
 from mlflow_llmbench.backends.fake import FakeBackend, parse_script
-from mlflow_llmbench.measure.batch import measure_cell, time_request, time_texts
+from mlflow_llmbench.measure.batch import measure_cell, time_forward, time_request, time_texts
 from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.errors import MeasurementError, OutOfMemory, UsageError
 from mlflow_llmbench.records.results import CellMeasurements, Hashes, RunResult, TextTimes
@@ -71,6 +71,25 @@ def test_auto_warms_up_at_least_three_times_and_repeats_until_the_order_can_be_j
     measured, _ = measure("ttft_ms=5+itl_ms=1", precision_target=1.0, max_repetitions=30)
     assert len(measured.warmup_s) >= 3
     assert len(measured.repetitions) == 30
+
+
+class Passing(FakeBackend):
+    """A fake that can run a forward pass alone, of at least 20 ms."""
+
+    def forward(self, prompts: Sequence[Sequence[int]]) -> None:
+        self.passes = [*getattr(self, "passes", []), [list(row) for row in prompts]]
+        time.sleep(0.02)
+
+
+def test_the_forward_pass_alone_is_timed_over_the_prompts_of_the_repetitions() -> None:
+    cell = Cell(model="fake:ttft_ms=1", backend="fake", output_tokens=4, prompt_tokens=6, batch_size=2)
+    backend, prompts = Passing(cell, FakeBackend.resolve(cell)), load_prompts(cell.workload)
+    found = time_forward(backend, cell, prompts, 1000, 3)
+    assert len(found) == 3 and min(found) >= 20e6
+    batches = [prompts.batch(cell, number, 1000, None) for number in (0, 0, 1, 2)]  # one more at first, discarded
+    assert backend.passes == batches
+    assert len(time_forward(backend, cell, prompts, 1000, 64)) == 10
+    assert time_forward(*fake("ttft_ms=1"), prompts, 1000, 3) == ()  # it has no such pass
 
 
 def test_auto_stops_at_the_maximum_when_the_interval_stays_wide() -> None:

@@ -316,11 +316,7 @@ class TransformersBackend:
         import torch
         from transformers import GenerationConfig
 
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        longest = int(lengths.max())
-        # Padded on the left, where attention and positions ignore it, so that every prompt ends in the last column.
-        ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], dtype=torch.long)
-        mask = (torch.arange(longest) >= longest - lengths[:, None]).long()
+        ids, mask = decoding.padded(prompts)
         settings = GenerationConfig(
             max_new_tokens=output_tokens,
             do_sample=False,
@@ -391,17 +387,26 @@ class TransformersBackend:
     def language_model(self) -> tuple[Any, Any]:
         return self.model, self._tokenizer()
 
+    def forward(self, prompts: Sequence[Sequence[int]]) -> None:
+        import torch
+
+        ids, mask = decoding.padded(prompts)
+        with foreign_errors("computing a forward pass"), torch.inference_mode():
+            ids, mask = ids.to(self.model.device), mask.to(self.model.device)
+            self.model(input_ids=ids, attention_mask=mask, use_cache=True, **self._keeping(1))
+            self._synchronise()
+
+    def _keeping(self, last: int) -> dict[str, int]:
+        """Return the argument by which most models skip the output head for all but the last ids."""
+        return {"logits_to_keep": last} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
+
     def logits(self, ids: Sequence[int], last: int) -> torch.Tensor:
         import torch
 
         batch = torch.tensor([list(ids)], dtype=torch.long)
-        # Most models can skip the output head for the other ids, which at 262,144 words would take most of the memory.
         through_cache = self.cell.kv_cache is not None and last > 1
-        keep = (
-            {"logits_to_keep": 1 if through_cache else last}
-            if "logits_to_keep" in inspect.signature(self.model.forward).parameters
-            else {}
-        )
+        # The output head at 262,144 words would take most of the memory.
+        keep = self._keeping(1 if through_cache else last)
         with self._together("logits", list(ids), last), foreign_errors("scoring"), torch.inference_mode():
             batch = batch.to(self.model.device)
             mask = torch.ones_like(batch)

@@ -11,7 +11,7 @@ import os
 import shutil
 import sysconfig
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -270,3 +270,13 @@ class History:
     @property
     def tokens(self) -> int:
         return int(self.cache.get_seq_length())
+
+
+def padded(prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids and mask (rows, tokens), padded on the left, which is ignored, so that prompts end in one column."""
+    import torch
+
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    longest = int(lengths.max())
+    ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], dtype=torch.long)
+    return ids, (torch.arange(longest) >= longest - lengths[:, None]).long()

@@ -45,6 +45,24 @@ def test_tokens_are_those_of_plain_greedy_decoding(tiny_model: Path) -> None:
     assert [list(row) for row in zip(*steps, strict=True)] == ids[:, 5:].tolist()
 
 
+def test_a_forward_pass_alone_is_one_call_that_chooses_from_the_last_ids(tiny_model: Path) -> None:
+    """One pass over all rows, padded on the left, whose logits give the first token that generate() gives."""
+    with loaded(Cell(model=str(tiny_model), quant="fp32")) as (backend, _):
+        seen: list[tuple[torch.Size, torch.Tensor]] = []
+
+        def look(module: Any, arguments: Any, given: dict[str, Any], output: Any) -> None:
+            seen.append((given["input_ids"].shape, output.logits))
+
+        backend.model.register_forward_hook(look, with_kwargs=True)
+        backend.forward([PROMPTS[0], [*PROMPTS[1], 15]])
+        [(shape, logits)] = seen
+        assert shape == (2, 6) and logits.shape[:2] == (2, 1)
+        del seen[:]
+        backend.forward(PROMPTS)
+        [(_, logits)] = seen
+        assert logits[:, -1].argmax(-1).tolist() == steps_of(backend, 1)[0]
+
+
 def test_length_is_forced_past_the_end_of_sequence_token(tiny_model: Path, tmp_path: Path) -> None:
     """The checkpoint's generation config ends at the very token that greedy decoding gives first."""
     import json
