@@ -85,6 +85,11 @@ def limits_of(cell: Cell) -> Limits:
     )
 
 
+def _named_by(refusal: RequestRecord) -> int:
+    """Return the number of our own fields that a refusal names."""
+    return sum(name in refusal.message for name in (*ADAPTATIONS, "max_completion_tokens"))
+
+
 class OpenAIBackend(NothingToFetch):
     """One server. `load` finds out which options it accepts; `send` then sends loads of requests."""
 
@@ -422,9 +427,10 @@ class OpenAIBackend(NothingToFetch):
     def _probe_options(self) -> RequestRecord:
         """Get a first answer with as many of the options as the server accepts. Raises MeasurementError without one.
 
-        After a refusal each option is left out alone before two are, those first that the server's message names.
+        After a refusal each option is left out alone before two are, those first that the server's message names. The
+        error has the refusal that names the fewest of our own fields: the others can be left out.
         """
-        first = self._probe(PROBE_WORDS[0])
+        told = first = self._probe(PROBE_WORDS[0])
         if first.outcome == "complete":
             return first
         names = sorted(self._adaptable, key=lambda name: name not in first.message)
@@ -437,11 +443,12 @@ class OpenAIBackend(NothingToFetch):
                 return record
             if not record.message.startswith(REFUSALS):
                 break
+            told = min(told, record, key=_named_by)
         if self.server:
             self.server.require_running()
         why = f" {log_end(self.server.log)}" if self.server else ""
         raise MeasurementError(
-            f"The server does not answer a first request ({first.outcome}): {first.message} Check its log, "
+            f"The server does not answer a first request ({told.outcome}): {told.message} Check its log, "
             f"{', '.join(['model', *self._asked()])} and endpoint.{why}"
         )
 
