@@ -365,7 +365,8 @@ def _command(prepared: ServableVersion, settings: Mapping[str, str], model: Path
         serve = ("models", "serve", "-m", str(model), "--env-manager", "local", "--workers", "1", *where)
         return (*module_command(sys.executable, "mlflow"), *serve)
     text = export(prepared.config, prepared.requirements, uri=prepared.uri, target=settings["server"])
-    words = shlex.split("".join(line for line in text.splitlines(keepends=True) if not line.startswith("#")))
+    lines = [line.removesuffix("\\") for line in text.splitlines() if not line.startswith("#")]
+    words = shlex.split(" ".join(lines))
     program = sys.executable if words[0] == "python" else _found(words[0])
     if program is None:
         raise MissingError(

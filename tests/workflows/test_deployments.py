@@ -24,9 +24,11 @@ from mlflow.deployments import interface as mlflow_deployments
 from mlflow_llmbench.cli.main import main
 from mlflow_llmbench.loadgen import detached_server
 from mlflow_llmbench.loadgen.server_process import free_port
-from mlflow_llmbench.records.errors import UsageError
+from mlflow_llmbench.records.cell import Cell
+from mlflow_llmbench.records.errors import MeasurementError, UsageError
+from mlflow_llmbench.records.results import LoadInfo, ModelFacts
 from mlflow_llmbench.sweeps.upload import upload
-from mlflow_llmbench.system import processes
+from mlflow_llmbench.system import memory, processes
 from mlflow_llmbench.tracking.registry import register
 from mlflow_llmbench.tracking.search import cells_of_sweep
 from mlflow_llmbench.tracking.store import open_store
@@ -36,11 +38,12 @@ from mlflow_llmbench.workflows.gate import gate
 from mlflow_llmbench.workflows.mlflow_deployments import DeploymentError
 from mlflow_llmbench.workflows.run import online
 
-from ..loadgen.test_server_process import ROOT, is_alive, within
+from ..loadgen.test_server_process import ROOT, is_alive, notes, within
 from ..results import made, stored
 from ..tracking.test_registry import BUSY, measured_sweep
 
 MARK = "00112233445566aa"
+SWEEP = "20260101T000000Z-aaaaaa"
 
 
 @pytest.fixture(autouse=True)
@@ -230,6 +233,134 @@ def test_what_cannot_be_deployed_leaves_nothing(
         pytest.raises(UsageError, match="Another command is changing the deployment"),
     ):
         deployments.delete("taken")
+
+
+@pytest.fixture
+def packed(store_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A registered version of a GGUF file that needs 4 GB, in the store that commands use."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store_uri)
+    mlflow.set_tracking_uri(store_uri)
+    facts = {"quant.type": "Q4_0", "kv_cache.type": "f16", "model.tokenizer": "spm", "llama_cpp.threads": 2}
+    result = made(
+        cell=Cell(model="m.gguf", backend="llama_cpp", output_tokens=5, prompt_tokens=8, threads=2),
+        model=ModelFacts("m", "folder", "/models/m", "c"),
+        load=LoadInfo(1.0, facts=facts, made="/cache/m.gguf"),
+    )
+    [run_id] = stored(tmp_path / SWEEP, store_uri, result)
+    return register(open_store(store_uri), run_id, "packed").uri
+
+
+@pytest.fixture
+def llama_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A program `llama-server` that runs the null server.
+
+    While the file that is returned exists it ends at once, or does not answer if the file says `deaf`.
+    """
+    folder, broken = tmp_path / "programs", tmp_path / "broken"
+    folder.mkdir()
+    script = folder / "llama-server"
+    script.write_text(
+        f"#!{sys.executable}\n"
+        "import os, sys, time\n"
+        f"if os.path.exists({str(broken)!r}):\n"
+        f"    if open({str(broken)!r}).read() == 'deaf':\n"
+        "        time.sleep(1000)\n"
+        "    sys.exit('error: the file cannot be read')\n"
+        "port = sys.argv[sys.argv.index('--port') + 1]\n"
+        f"server = {str(ROOT / 'tests' / 'launched_server.py')!r}\n"
+        "rest = ['--port', port, '--model', 'null:ttft_ms=1', '--note', 'notes.jsonl']\n"
+        "os.execv(sys.executable, [sys.executable, server, *rest])\n"
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+    return broken
+
+
+LLAMA = {"server": "llama.cpp", "timeout_s": "200", "force": "true"}
+
+
+def test_a_version_is_served_by_another_server_as_export_says(packed: str, llama_server: Path) -> None:
+    current = deployments.create("bot", packed, LLAMA).current
+    assert deployments.require("bot").current == current
+    words = " ".join(current.command)
+    assert "/llama-server --model /cache/m.gguf --parallel 1 --ctx-size 13 --n-predict 5 --temp 0 --threads 2" in words
+    assert words.endswith(f"--host 127.0.0.1 --port {current.url.rpartition(':')[2]}")
+    found = deployments.describe(deployments.require("bot"))
+    assert (found["status"], found["flavor"], found["measured_memory_gb"]) == ("running", "llama.cpp", 4.0)
+    assert "\n" not in words
+    [told] = notes(deployment_state.folder_of("bot") / current.mark / "notes.jsonl")
+    assert told["variables"]["OMP_NUM_THREADS"] == "2"
+    assert not {"MLFLOW_TRACKING_URI", "LLMBENCH_API_KEY"} & set(told["variables"])
+    assert [row["output_tokens"] for row in deployments.predict("bot", [{"prompt": "Hello"}])] == [16]
+
+
+def test_what_does_not_start_leaves_nothing(packed: str, llama_server: Path) -> None:
+    llama_server.touch()
+    with pytest.raises(
+        MeasurementError, match=r"models:/packed/1 ended by itself. Its log ends with: error: the file can"
+    ):
+        deployments.create("bot", packed, LLAMA)
+    assert deployment_state.names() == []
+    assert not deployment_state.folder_of("bot").exists()
+    with pytest.raises(UsageError, match="vllm is not offered for GGUF files"):
+        deployments.create("bot", packed, {**LLAMA, "server": "vllm"})
+
+
+def test_an_update_keeps_what_runs_until_the_new_server_answers(packed: str, llama_server: Path) -> None:
+    first = deployments.create("bot", packed, LLAMA).current
+    llama_server.touch()
+    with pytest.raises(MeasurementError, match="ended by itself"):
+        deployments.update("bot", packed, {})
+    assert deployments.require("bot").servers == (first,)
+    assert deployments.status(first) == "running"
+    llama_server.unlink()
+    second = deployments.update("bot", None, {}).current
+    assert (second.version, second.settings) == (first.version, first.settings)
+    assert second.url != first.url
+    assert deployments.require("bot").servers == (second,)
+    assert not first.runs and detached_server.marked(first.mark) == []
+    assert deployments.status(second) == "running"
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_command_that_is_stopped_leaves_nothing_that_delete_does_not_find(
+    packed: str, llama_server: Path, number: signal.Signals
+) -> None:
+    llama_server.write_text("deaf")
+    code = f"from mlflow_llmbench.workflows import deployments; deployments.create('bot', {packed!r}, {LLAMA!r})"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.DEVNULL) as command:
+        assert within(lambda: deployment_state.names() == ["bot"])
+        mark = deployments.require("bot").current.mark
+        assert within(lambda: len(detached_server.marked(mark)) == 2)  # the keeper and its server
+        assert within(lambda: deployments.require("bot").current.keeper is not None)
+        command.send_signal(number)
+        command.wait()
+    if number == signal.SIGKILL:
+        assert deployments.status(deployments.require("bot").current) == "not answering"
+        deployments.delete("bot")
+    assert detached_server.marked(mark) == []
+    assert deployment_state.names() == []
+
+
+def test_a_fixed_port_is_kept_and_the_old_server_comes_back_if_the_new_one_does_not(
+    packed: str, llama_server: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = str(free_port())
+    first = deployments.create("bot", packed, {**LLAMA, "port": port}).current
+    with pytest.raises(UsageError, match=f"The port {port} of 127.0.0.1 cannot be used: Address already in use"):
+        deployments.create("other", packed, {**LLAMA, "port": port})
+    second = deployments.update("bot", None, {}).current
+    assert second.url == first.url == f"http://127.0.0.1:{port}"
+    assert detached_server.marked(first.mark) == []
+    monkeypatch.setattr(memory, "available_bytes", lambda: 1_000_000_000)
+    with pytest.raises(
+        UsageError, match=r"packed/1 was measured to need 4 GB of memory, and 1 GB are free\. Free memory, or"
+    ):
+        deployments.update("bot", None, {"force": "false"})
+    back = deployments.require("bot").current
+    assert (back.mark, back.url) == (second.mark, second.url)
+    assert within(lambda: deployments.status(back) == "running")
 
 
 @pytest.fixture
