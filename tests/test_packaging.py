@@ -15,7 +15,9 @@ from packaging.utils import canonicalize_name
 import mlflow_llmbench
 from mlflow_llmbench.cli.main import COMMANDS, main, parse
 from mlflow_llmbench.config import spec, training
+from mlflow_llmbench.config.choices import GRIDS
 from mlflow_llmbench.records import backends
+from mlflow_llmbench.records.quantizations import SCHEMES
 from mlflow_llmbench.workflows import study
 
 if sys.version_info >= (3, 11):
@@ -71,10 +73,16 @@ def test_the_licence_is_apache_2() -> None:
     assert "END OF TERMS AND CONDITIONS" in text
 
 
-def test_conda_has_the_requirements_of_the_package_and_nothing_that_uv_would_drop() -> None:
+def test_conda_has_the_requirements_of_the_package_and_of_the_papers_grid_and_nothing_that_uv_would_drop() -> None:
     *plain, pip = CONDA["dependencies"]
-    assert pip == {"pip": PROJECT["dependencies"]}
+    assert pip == {"pip": [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["gptq"]]}
     assert plain == ["python=3.11", "pip"]
+
+
+def test_the_environment_of_the_project_has_what_the_papers_grid_quantizes_with() -> None:
+    named = {canonicalize_name(Requirement(text).name) for text in CONDA["dependencies"][-1]["pip"]}
+    for quant in GRIDS["effillm"]["quant"].split(","):
+        assert {canonicalize_name(name) for name in SCHEMES[quant].packages} <= named, quant
 
 
 def test_every_import_is_of_a_declared_requirement() -> None:
