@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Sequence
 
 from ...records.cell import Cell
 from ...records.metrics import E2E, MBU, TTFT, peak_memory
 from ...records.quantizations import FLOAT_DTYPES
-from ..comparison import UNNAMED
+from ..comparison import RATE, UNNAMED
+from ..summary import hardware_name
 from .cells import Measured, grouped
 from .claims import UNSAID, Claim, by_majority, judge_range, pooled, rests_text
+from .effects import effect_ratio
 from .fitting import Parameter
 from .laws import MODEL, LawFit
 from .study import ScalingStudy
@@ -23,6 +26,10 @@ from .tradeoffs import Ratio
 
 Triple = tuple[float, float, float]
 """A value with the ends of its 95 % interval."""
+
+CONSUMER = re.compile(r"\b(GeForce|RTX [2-5]0\d\d|Radeon RX|Ryzen|Core\b|Apple M\d)", re.IGNORECASE)
+DATA_CENTRE = re.compile(r"\b(A100|A10G?|A30|A40|H100|H200|B200|L4|L40S?|T4|V100|MI\d{3}X?|EPYC|Xeon)\b", re.IGNORECASE)
+"""Words in names of hardware by which it counts as one or the other; of others nothing is claimed."""
 
 NEAR = 0.10
 """Relative tolerance of "near"."""
@@ -66,10 +73,7 @@ def trend_claims(study: ScalingStudy, cells: Sequence[Measured]) -> list[Claim]:
             "–", UNSAID,
             "A study uses batches of one shape. Compare llmbench run --batching static,continuous --request-rate 2.",
         ),
-        Claim(
-            "consumer_cost", "Consumer hardware is the cheapest per token", "cost ÷ that of a data centre's below 1",
-            "–", UNSAID, "It needs results of both kinds of hardware, each with its price.",
-        ),
+        _consumer_cost(cells),
     ]  # fmt: skip
 
 
@@ -163,6 +167,35 @@ def _gptq_memory(cells: Sequence[Measured]) -> Claim:
             found.append((group[0].cell.model, Ratio("gptq", gptq / int4, None, None)))
     said, claimed = "GPTQ takes about the memory of INT4", f"GPTQ ÷ INT4 within {1 - NEAR:g} to {1 + NEAR:g}"
     return _pool("gptq_memory", said, claimed, found, (1 - NEAR, 1 + NEAR), "cells of gptq and int4 that are alike")
+
+
+def _consumer_cost(cells: Sequence[Measured]) -> Claim:
+    """Judge the cost per token on the cheapest consumer hardware ÷ that on the cheapest of a data centre.
+
+    For each configuration that both have measured, at the price per hour of each result.
+    """
+    alike: dict[tuple[str, str], dict[str, list[Measured]]] = {}
+    for m in cells:
+        name, hashes = hardware_name(m.result), m.result.hashes
+        kind = "consumer" if CONSUMER.search(name) else "data centre" if DATA_CENTRE.search(name) else ""
+        if kind and m.result.price_per_hour and m.metrics.get(RATE):
+            alike.setdefault((hashes.config, hashes.workload), {}).setdefault(kind, []).append(m)
+    found = []
+    for kinds in alike.values():
+        if len(kinds) == 2:
+            own, other = (min(kinds[kind], key=_cost) for kind in ("consumer", "data centre"))
+            speed = effect_ratio("", other, own, RATE)
+            scale = (own.result.price_per_hour or 0.0) / (other.result.price_per_hour or 1.0)
+            low, high = (None if end is None else end * scale for end in (speed.low, speed.high))
+            found.append((own.cell.model, Ratio("", speed.value * scale, low, high)))
+    return _pool(
+        "consumer_cost", "Consumer hardware is the cheapest per token", "cost ÷ that of a data centre's below 1",
+        found, (0.0, 1.0), "configurations that both kinds of hardware have measured, each with its price",
+    )  # fmt: skip
+
+
+def _cost(measured: Measured) -> float:
+    return (measured.result.price_per_hour or 0.0) / measured.metrics[RATE]
 
 
 def _decode_share(cells: Sequence[Measured]) -> Claim:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 
@@ -109,3 +110,32 @@ def test_the_interval_of_a_difference_by_hand() -> None:
     found = _difference(a, b)
     assert found == pytest.approx((0.3, 0.3 - (0.1**2 + 0.03**2) ** 0.5, 0.3 + (0.15**2 + 0.04**2) ** 0.5))
     assert _difference(a, Parameter("β", 0.5, None, 0.53)) is None
+
+
+@pytest.mark.parametrize(("price", "verdict", "shown"), [(0.4, CONFIRMED, "0.4"), (1.5, NOT_CONFIRMED, "1.5")])
+def test_consumer_hardware_is_cheaper_if_its_tokens_are(price: float, verdict: str, shown: str) -> None:
+    """The consumer's card makes half the tokens of a data centre's at half of `price` of its price per hour."""
+    here = world(*(lambda size, batch, prompt: 10 * size for _ in range(2)))
+
+    def on(name: str, price: float, speed: float, env: str) -> list[RunResult]:
+        found = world(*(lambda size, batch, prompt: 10 * size / speed for _ in range(2)))
+        return [
+            dataclasses.replace(
+                one,
+                environment={"gpus": [{"name": name}]},
+                load=dataclasses.replace(one.load, facts={**one.load.facts, "model.device": "cuda:0"}),  # type: ignore[type-var, union-attr]
+                hashes=dataclasses.replace(one.hashes, env=env, config=same.hashes.config),
+                price_per_hour=price,
+            )
+            for one, same in zip(found, here, strict=True)
+        ]
+
+    centre, dear = on("NVIDIA A100-SXM4-80GB", 2.0, 2.0, "b"), on("NVIDIA H100", 50.0, 2.0, "c")
+    consumer = on("NVIDIA GeForce RTX 4090", price, 1.0, "a")
+    found = judged([*consumer, *centre, *dear])["consumer_cost"]
+    assert (found.verdict, found.measured.startswith(shown)) == (verdict, True), found
+    other = on("NVIDIA RTX A6000", price, 1.0, "a")  # a workstation's card
+    assert judged([*other, *centre])["consumer_cost"].verdict == UNSAID
+    assert judged([*centre, *dear])["consumer_cost"].why == (
+        "It needs configurations that both kinds of hardware have measured, each with its price."
+    )
