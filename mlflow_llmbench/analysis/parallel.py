@@ -17,6 +17,7 @@ from ..records.metrics import (
 from ..records.results import RunResult
 from .comparison import compare
 from .figures import interval_figures
+from .verdict import judge
 
 
 def gained(one: RunResult, several: RunResult) -> dict[str, float]:
@@ -46,8 +47,10 @@ def gained(one: RunResult, several: RunResult) -> dict[str, float]:
     return {key: value for key, value in figures.items() if value is not None}
 
 
-def sentence(name: str, ranks: int, figures: dict[str, float], share: float | None) -> str:
+def sentence(name: str, one: RunResult, several: RunResult, figures: dict[str, float]) -> str:
     """The efficiency as a sentence for the terminal, with the share of time in collectives if it was measured."""
+    ranks, share = several.cell.tensor_parallel, several.collective_share
+    doubtful = [str(result.cell.tensor_parallel) for result in (one, several) if judge(result).word != "valid"]
     if PARALLEL_EFFICIENCY.key() not in figures:
         return f"{name}: cannot be compared with one rank."
     value, low, high = (figures.get(key) for key in PARALLEL_EFFICIENCY.mlflow_keys())
@@ -56,4 +59,6 @@ def sentence(name: str, ranks: int, figures: dict[str, float], share: float | No
     text += f", {(value or 0) * ranks:.2f} times the throughput of one rank"
     speedup = figures.get(TTFT_SPEEDUP.key())
     text += f", the first token {speedup:.2f} times as soon" if speedup else ""
-    return f"{text}{'' if share is None else f'; {share:.0%} of the time was spent in collectives'}."
+    text += "" if share is None else f"; {share:.0%} of the time was spent in collectives"
+    text += f"; not to be trusted, since the results of {' and '.join(doubtful)} ranks are suspect" if doubtful else ""
+    return f"{text}."

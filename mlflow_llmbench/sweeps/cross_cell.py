@@ -52,7 +52,7 @@ def cross_findings(results: Sequence[RunResult], names: Sequence[str], options: 
         several = ranks > 1 and result.cell in whole
         if one := whole.get(dataclasses.replace(result.cell, tensor_parallel=1)) if several else None:
             added[-1] |= parallel.gained(one, result)
-            sentences.append(parallel.sentence(name, ranks, added[-1], result.collective_share))
+            sentences.append(parallel.sentence(name, one, result, added[-1]))
     limits = goodput.limits(results, options.attainment) if options.find else []
     sentences += [limit.sentence() for limit in limits]
     figures = limits[0].figures() if len(limits) == 1 else {}

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from mlflow_llmbench.analysis import parallel
+from mlflow_llmbench.analysis.verdict import judge
 from mlflow_llmbench.records.cell import Options
 from mlflow_llmbench.records.results import RunResult
 from mlflow_llmbench.sweeps.cross_cell import cross_findings
@@ -40,7 +41,14 @@ def test_four_ranks_that_are_slower_than_one() -> None:
 def test_results_that_cannot_be_compared_have_no_efficiency() -> None:
     elsewhere = dataclasses.replace(TWO, hashes=dataclasses.replace(TWO.hashes, hardware="other"))
     assert parallel.gained(ONE, elsewhere) == {}
-    assert parallel.sentence("m tp2", 2, {}, None) == "m tp2: cannot be compared with one rank."
+    assert parallel.sentence("m tp2", ONE, elsewhere, {}) == "m tp2: cannot be compared with one rank."
+
+
+def test_figures_of_suspect_results_are_told_as_such() -> None:
+    loose = ranks(2, 8, 10, factors=(1.0, 1.4, 0.7, 1.2, 0.9))
+    assert judge(loose).word == "suspect" and judge(ONE).word == "valid"
+    told = parallel.sentence("m tp2", ONE, loose, parallel.gained(ONE, loose))
+    assert told.endswith("; not to be trusted, since the results of 2 ranks are suspect.")
 
 
 def test_a_sweep_tells_what_further_ranks_gain() -> None:

@@ -23,11 +23,13 @@ def roofline(
     """Return the least seconds of the prefill and of one decode step, from measured read bandwidth and FLOP/s.
 
     Each is the longer of reading (weights, and for a step the KV cache at the mean context) and computing (Williams,
-    Waterman & Patterson, "Roofline", CACM 52, 2009). None if a peak or the model's bytes or FLOPs are unknown.
+    Waterman & Patterson, "Roofline", CACM 52, 2009), on all devices together. None if a peak or the model's bytes or
+    FLOPs are unknown.
     """
     bandwidth, flops = peaks.get("read_bytes_per_s"), peaks.get("flops_per_s")
     if not (bandwidth and flops and load.step_bytes and load.flops_per_token):
         return None
+    bandwidth, flops = bandwidth * (load.devices or 1), flops * (load.devices or 1)
     context, attention = prompt + output / 2, load.attention_flops_per_context_token or 0.0
     prefill_flops = rows * (prompt * (load.flops_per_token + attention * attended(load, prompt / 2)) + load.head_flops)
     step_flops = rows * (load.flops_per_token + load.head_flops + attention * attended(load, context))

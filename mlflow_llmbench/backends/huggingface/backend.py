@@ -132,6 +132,7 @@ class TransformersBackend:
         info = self._load()
         if self.ranks:
             self.parts = sharding.parts_of(self.parts[0], self.ranks.answers())
+            self.ranks.forget_store()
         return sharding.whole(info, self.parts) if self.ranks else info
 
     def _load(self) -> LoadInfo:

@@ -170,6 +170,14 @@ class Ranks:
                 return self._error_of(rank, next((line for line in lines if "failed" in line), None))
         return None
 
+    def forget_store(self) -> None:
+        """Delete the file by which the ranks found each other, so that nothing is left of a worker that is killed.
+
+        Only with gloo, which has connected all ranks by then; NCCL may connect them later.
+        """
+        if not sharding.connects_later():
+            shutil.rmtree(self.folder, ignore_errors=True)
+
     def close(self) -> None:
         """End all ranks: close their standard input, and kill those that go on, perhaps in a collective."""
         for process in self.processes:

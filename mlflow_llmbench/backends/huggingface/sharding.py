@@ -180,6 +180,13 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+def connects_later() -> bool:
+    """Return True if ranks may still have to find each other in the store: with NCCL."""
+    import torch.distributed as dist
+
+    return dist.get_backend() != "gloo"
+
+
 def meet() -> None:
     """Wait until every rank is here."""
     import torch

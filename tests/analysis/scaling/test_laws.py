@@ -281,6 +281,7 @@ def test_the_roofline_is_a_rival_where_the_machine_is_known() -> None:
     prefill, step = roofline(LOAD, peaks, 1, 128, 32) or (0, 0)
     assert (prefill, step) == (128 * 2e9 / 1e12, (10**9 + 50_000 * 144) / 2e10)
     assert roofline(LOAD, {}, 1, 128, 32) is None
+    assert roofline(dataclasses.replace(LOAD, devices=2), peaks, 1, 128, 32) == pytest.approx((prefill / 2, step / 2))
     found = []
     for b in BATCHES:  # every cell at 60 % of its roofline
         prefill, step = roofline(LOAD, peaks, b, 128, 32) or (0, 0)

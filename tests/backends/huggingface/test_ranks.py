@@ -56,6 +56,7 @@ def test_the_ranks_hold_the_model_once_in_equal_parts(both: tuple[Any, ...]) -> 
     assert (info.facts["model.ranks"], info.facts["model.collectives"], info.devices) == (2, "gloo", None)
     assert (info.kv_bytes_per_token, info.flops_per_token) == (whole.kv_bytes_per_token, whole.flops_per_token)
     assert two.describe().weight_bytes == info.weight_bytes
+    assert not two.ranks.folder.exists()  # nothing is left in the folder for temporary files if the worker is killed
     assert info.mapped_weight_bytes <= info.weight_bytes
     if two.cell.quant == "fp32":  # the checkpoint's own dtype, of which rows stay mapped
         assert max(first.mapped, second.mapped) < info.mapped_weight_bytes <= first.mapped + second.mapped
