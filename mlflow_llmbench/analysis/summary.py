@@ -84,6 +84,7 @@ from ..stats import (
 from .efficiency import efficiency_figures
 from .figures import Figures, distribution, mean_of, once_per_result
 from .latency import chunk_gaps_ms, e2e_ms, tpot_ms, ttft_ms
+from .natural_stopping import natural_figures
 from .online_metrics import online_figures, ramp_steps, stream_figures
 from .quality import figures
 from .ranks import rank_figures, rank_series
@@ -284,7 +285,7 @@ ALWAYS: tuple[Family, ...] = (_settings, _memory, _load)
 """Families of metrics that every result has."""
 
 MEASURED: dict[str, tuple[Family, ...]] = {
-    "offline": (_latency, _throughput, efficiency_figures, _text),
+    "offline": (_latency, _throughput, efficiency_figures, _text, natural_figures),
     "online": (_latency, _throughput, online_figures, efficiency_figures, _text),
     "batching": (_latency, _throughput, stream_figures, efficiency_figures, _text),
 }

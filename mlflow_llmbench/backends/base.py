@@ -232,6 +232,12 @@ class ForwardBackend(Backend, Protocol):
         """Run one forward pass over all rows, with a new KV cache, and return when the device has done it."""
 
 
+class EndingBackend(Backend, Protocol):
+    """A backend that knows by which tokens its model ends an answer. Generating to a fixed length goes past them."""
+
+    ends: frozenset[int]
+
+
 class LogitsWatch(Protocol):
     """What was seen of logits: vectors, those with a NaN or an infinite value, and the first token chosen from one."""
 

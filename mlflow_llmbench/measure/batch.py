@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from ..backends.base import Backend, DecodingBackend, ForwardBackend, History
+from ..backends.base import Backend, DecodingBackend, EndingBackend, ForwardBackend, History
 from ..backends.parallel import ParallelBackend, rank_pids
 from ..records.cell import Cell
 from ..records.errors import MeasurementError
@@ -233,6 +233,20 @@ def time_forward(
         finally:
             gc.enable()
     return tuple(found[1:])
+
+
+def natural_lengths(
+    backend: Backend, outputs: Sequence[tuple[Sequence[int], Sequence[int]]]
+) -> tuple[int | None, ...] | None:
+    """Return the tokens of each output up to the one by which the model ends its answer; None for one that has none.
+
+    None for all if it is not known by which tokens the model ends. Generating goes on after that token, and greedy
+    decoding chooses the same ones before it, whether it stops there or not.
+    """
+    ends = cast(EndingBackend, backend).ends if hasattr(backend, "ends") else ()
+    if not ends or not outputs:
+        return None
+    return tuple(next((n for n, one in enumerate(output, 1) if one in ends), None) for _, output in outputs)
 
 
 def compare_decoding(backend: DecodingBackend, cell: Cell, prompts: PromptSet, vocab_size: int) -> tuple[int, ...]:

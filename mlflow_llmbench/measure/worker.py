@@ -32,7 +32,7 @@ from ..records.results import LoadInfo, ModelFacts
 from ..system import machine, memory
 from ..workloads.prompts import PromptSet, load_prompts
 from . import events
-from .batch import compare_decoding, compare_replies, measure_cell, time_forward, time_texts, turns_of
+from .batch import compare_decoding, compare_replies, measure_cell, natural_lengths, time_forward, time_texts, turns_of
 from .events import Event, JobFailed, Report, Stage
 from .journal import SERVER_LOG, EventLog
 from .logits import check_logits
@@ -361,6 +361,7 @@ def _measure_one(
         )
         if texts and cell.history == "none" and not backend.capabilities.online:
             measured = replace(measured, text_times=time_texts(backend, texts, measured.outputs))
+            measured = replace(measured, natural=natural_lengths(backend, measured.outputs))
         # On the disk before it is sent: the parent may be killed before it reads it.
         rest = replace(measured, repetitions=())
         log.append(events.CellCompleted(measured.steady, measured.first_call_ms, rest))

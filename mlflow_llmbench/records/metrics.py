@@ -115,6 +115,9 @@ ICL = Metric(
     "ms", ("mean", "p50", "p95", "p99"), "lower", places=(Line(50, "p50", "inter-chunk latency, median"),))
 TTFO = Metric("latency", "ttfo_ms", "start → first token outside a reasoning channel",
               "ms", ("mean", "p50", "p95", "p99"), "lower")
+NATURAL_E2E = Metric(
+    "latency", "natural_e2e_ms", "t(n) − t0, n = natural_tokens; texts at batch size 1", "ms", ("mean", "p50"), "lower",
+    "end-to-end latency of natural lengths")
 FORWARD = Metric(
     "latency", "forward_ms", "one forward pass over the prompts alone, without generate(): ids on the host → done",
     "ms", ("mean", "p50"), "lower", "forward pass")
@@ -307,6 +310,11 @@ FAILED_RATIO = Metric("errors", "failed_ratio", "requests not completed ÷ reque
 FAILED = {word: Metric("errors", word, "requests that ended this way", better="lower") for word in FAILURES}
 """Outcome of a failed request → the metric that counts it."""
 
+NATURAL_TOKENS = Metric(
+    "lengths", "natural_tokens",
+    "texts: tokens of a row up to the one by which the model ends its answer, past which a forced length goes; of "
+    "answers that end", "", ("mean",))
+ENDED = Metric("lengths", "ended_ratio", "texts: share of answers that the model ends within output_tokens", RATIO)
 SENT_PROMPT_TOKENS = Metric("lengths", "prompt_tokens", "by the server's count", "", ("mean",))
 MADE_OUTPUT_TOKENS = Metric("lengths", "output_tokens", "by the server's count", "", ("mean",))
 REASONING_TOKENS = Metric(

@@ -233,7 +233,7 @@ class CellMeasurements:
     conversation is everything before the last answer. `same_replies` and `same_tokens` are the results of
     `compare_replies` and `compare_decoding` in `measure.batch`. `zeros`: for each repetition, the most ids 0 at the end
     of a row, which logits give that are all NaN. `logits`: None if they were not looked at. `forward_ns`: times of the
-    forward pass alone.
+    forward pass alone. `natural`: of each of `outputs`, the tokens after which the model ends its answer.
     """
 
     first_call_ms: float
@@ -249,6 +249,7 @@ class CellMeasurements:
     logits: LogitsCheck | None = field(default=None, metadata=OMITTED)
     collective_share: float | None = field(default=None, metadata=OMITTED)  # of a pass of several ranks
     forward_ns: tuple[int, ...] | None = field(default=None, metadata=OMITTED)
+    natural: tuple[int | None, ...] | None = field(default=None, metadata=OMITTED)
 
 
 @dataclass(frozen=True)
@@ -432,6 +433,8 @@ class RunResult:
     # Of several ranks: share of a pass that was spent in collectives; None if it was not measured.
     collective_share: float | None = field(default=None, metadata=OMITTED)
     forward_ns: tuple[int, ...] | None = field(default=None, metadata=OMITTED)  # of the forward pass alone
+    # Of each text, in the order of the repetitions: tokens after which the model ends its answer; None if it does not.
+    natural: tuple[int | None, ...] | None = field(default=None, metadata=OMITTED)
     sweep: str = ""
     linked: str = ""  # run (or folder) in which this result was measured, if it was not measured again
     # Run (or folder) in which the first processes were measured, if an earlier command was stopped before the last.

@@ -49,6 +49,7 @@ def measured_result(job: Job, spec: BenchSpec, environment: Mapping[str, Any]) -
         texts=tuple(first.texts[number]),
         same_replies=measured[0].same_replies,
         text_times=measured[0].text_times,
+        natural=measured[0].natural,
         forward_ns=tuple(ns for one in measured for ns in one.forward_ns or ()) or None,
         compile_s=measured[0].compile_s,
         same_tokens=measured[0].same_tokens,

@@ -143,6 +143,19 @@ def test_what_lies_around_the_model_is_of_each_row() -> None:
     assert "latency/e2e_with_text_ms_mean" not in summary.summarize(plain)
 
 
+def test_natural_lengths_have_their_times_where_a_row_is_alone() -> None:
+    """Six tokens, the first after 10 ms and one every 2 ms: three take 14 ms, two take 12 ms."""
+    plain = result([[2.0] * 5] * 4, ttft=10.0, rows=1)
+    metrics = summary.summarize(dataclasses.replace(plain, natural=(3, None, 2)))
+    assert metrics["lengths/natural_tokens_mean"] == 2.5
+    assert metrics["lengths/ended_ratio"] == pytest.approx(2 / 3)
+    assert metrics["latency/natural_e2e_ms_mean"] == pytest.approx((14 + 12) / 2)
+    rows = summary.summarize(dataclasses.replace(result([[2.0] * 5] * 4, rows=4), natural=(3, None, 2)))
+    assert rows["lengths/natural_tokens_mean"] == 2.5 and "latency/natural_e2e_ms_mean" not in rows
+    never = summary.summarize(dataclasses.replace(plain, natural=(None, None)))
+    assert never["lengths/ended_ratio"] == 0 and "lengths/natural_tokens_mean" not in never
+
+
 def test_the_forward_pass_alone_has_its_mean_and_median() -> None:
     plain = result([[2.0] * 7] * 6)
     metrics = summary.summarize(dataclasses.replace(plain, forward_ns=(4_000_000, 2_000_000, 9_000_000)))

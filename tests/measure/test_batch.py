@@ -11,7 +11,7 @@ import pytest
 
 from mlflow_llmbench.analysis import latency, summary
 from mlflow_llmbench.backends.fake import FakeBackend, parse_script
-from mlflow_llmbench.measure.batch import measure_cell, time_forward, time_request, time_texts
+from mlflow_llmbench.measure.batch import measure_cell, natural_lengths, time_forward, time_request, time_texts
 from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.errors import MeasurementError, OutOfMemory, UsageError
 from mlflow_llmbench.records.results import CellMeasurements, Hashes, RunResult, TextTimes
@@ -71,6 +71,15 @@ def test_auto_warms_up_at_least_three_times_and_repeats_until_the_order_can_be_j
     measured, _ = measure("ttft_ms=5+itl_ms=1", precision_target=1.0, max_repetitions=30)
     assert len(measured.warmup_s) >= 3
     assert len(measured.repetitions) == 30
+
+
+def test_an_answer_ends_at_the_first_token_by_which_the_model_ends() -> None:
+    backend, _ = fake("ttft_ms=1")
+    outputs = [([1], [7, 5, 2, 2]), ([1], [5, 5]), ([1], [9])]
+    assert natural_lengths(backend, outputs) is None  # it is not known
+    backend.ends = frozenset({2, 9})  # type: ignore[attr-defined]
+    assert natural_lengths(backend, outputs) == (3, None, 1)
+    assert natural_lengths(backend, []) is None
 
 
 class Passing(FakeBackend):

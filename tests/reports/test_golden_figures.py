@@ -80,6 +80,7 @@ def full(step: float = 10.0, device: bool = True, **fields: Any) -> RunResult:
         same_tokens=(5,),
         text_times=TextTimes((MS, 2 * MS, 6 * MS), (MS, MS, 3 * MS)),
         forward_ns=(18 * MS, 19 * MS, 23 * MS),
+        natural=(4, None, 2),
         timeline=(MemorySample(0, GB, GB, GB), MemorySample(MS, 2 * GB, GB, None)),
         quality=QUALITY,
         environment={"cpu": {"name": "AMD EPYC"}, "gpus": [{"name": "NVIDIA X", "memory_bytes": 80 * GB}]},

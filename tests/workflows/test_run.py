@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
@@ -99,3 +100,14 @@ def test_progress_is_shown_where_it_is_asked_for(store_uri: str, capsys: pytest.
     assert "cell 1/1: " in capsys.readouterr().err
     run(model=model, rerun=True, tracking_uri=store_uri, **SHORT)  # type: ignore[arg-type]
     assert capsys.readouterr().err == ""
+
+
+def test_a_real_model_with_texts_has_its_forward_pass_and_its_natural_lengths(tiny_model: Path, store_uri: str) -> None:
+    done = run(
+        model=str(tiny_model), workload="qa", prompt_tokens=16, output_tokens=6, warmup=1, repetitions=5,
+        tracking_uri=store_uri,
+    )  # fmt: skip
+    [row] = done.rows
+    assert row.metrics["latency/forward_ms_p50"] > 0
+    assert 0 <= row.metrics["lengths/ended_ratio"] <= 1
+    assert ("latency/natural_e2e_ms_mean" in row.metrics) is (row.metrics["lengths/ended_ratio"] > 0)

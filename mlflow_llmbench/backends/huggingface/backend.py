@@ -161,6 +161,7 @@ class TransformersBackend:
         self._synchronise()
         self.load_s = time.perf_counter() - started
         # Neutral settings: no end-of-sequence token or sampling default of the checkpoint changes length or cost.
+        self.ends = decoding.end_ids(self.model)
         self.model.generation_config = GenerationConfig()
         self.path = DecodePath(self.cell, self.model, assistant)
         gc.collect()

@@ -280,3 +280,10 @@ def padded(prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor
     longest = int(lengths.max())
     ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], dtype=torch.long)
     return ids, (torch.arange(longest) >= longest - lengths[:, None]).long()
+
+
+def end_ids(model: Any) -> frozenset[int]:
+    """Return the ids by which a model ends an answer, by its generation settings, else its configuration."""
+    given = getattr(model.generation_config, "eos_token_id", None)
+    given = model.config.get_text_config().eos_token_id if given is None else given
+    return frozenset([given] if isinstance(given, int) else given or ())

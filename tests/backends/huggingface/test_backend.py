@@ -13,6 +13,7 @@ from mlflow_llmbench.backends.checkpoints import random_weights
 from mlflow_llmbench.backends.huggingface import inspection
 from mlflow_llmbench.backends.huggingface.backend import TransformersBackend
 from mlflow_llmbench.config import models
+from mlflow_llmbench.measure.batch import natural_lengths
 from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.errors import MissingError, ModelError, NotRealised, UsageError
 from tests.loading import loaded
@@ -61,6 +62,28 @@ def test_a_forward_pass_alone_is_one_call_that_chooses_from_the_last_ids(tiny_mo
         backend.forward(PROMPTS)
         [(_, logits)] = seen
         assert logits[:, -1].argmax(-1).tolist() == steps_of(backend, 1)[0]
+
+
+def test_a_natural_length_is_that_of_a_model_that_may_stop(tiny_model: Path, tmp_path: Path) -> None:
+    """A copy ends at what is the fourth token of the first row: transformers itself stops there."""
+    import json
+
+    from transformers import AutoModelForCausalLM
+
+    with loaded(Cell(model=str(tiny_model), quant="fp32")) as (backend, _):
+        row = [step[0] for step in steps_of(backend, 8)]
+        assert backend.ends == frozenset({backend.model.config.eos_token_id})  # by its configuration
+    at = next(n for n in range(3, 8) if row[n] not in row[:n])
+    copy = tmp_path / "stops"
+    shutil.copytree(tiny_model, copy)
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [row[at], 63]}))
+    with loaded(Cell(model=str(copy), quant="fp32")) as (backend, _):
+        assert backend.ends == {row[at], 63}
+        output = [step[0] for step in steps_of(backend, 8)]
+        found = natural_lengths(backend, [(PROMPTS[0], output)])
+    plain = AutoModelForCausalLM.from_pretrained(copy, dtype=torch.float32)
+    stopped = plain.generate(torch.tensor(PROMPTS[:1]), max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert output == row and found == (stopped.shape[1] - len(PROMPTS[0]),)
 
 
 def test_length_is_forced_past_the_end_of_sequence_token(tiny_model: Path, tmp_path: Path) -> None:
