@@ -6,7 +6,9 @@ Both are recorded, so a secret in them has to be a reference to an environment v
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -36,10 +38,10 @@ OWN_BODY = {
 """Fields of a body that have another place, and which."""
 
 OWN_HEADERS = frozenset(
-    ["accept", "accept-encoding", "connection", "content-length", "content-type", "expect", "te", "trailer",
-     "transfer-encoding", "upgrade", "x-request-id"]
+    ["accept", "accept-encoding", "connection", "content-length", "content-type", "expect",
+     "proxy-authorization", "te", "trailer", "transfer-encoding", "upgrade", "x-request-id"]
 )  # fmt: skip
-"""Headers that frame or number a request."""
+"""Headers that frame or number a request, and the one with a proxy's password, which the server must not get."""
 
 _HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,100}")
 """Name of a header (RFC 9110, section 5.1)."""
@@ -63,8 +65,11 @@ def parse_body(name: str, text: str) -> str:
 def parse_headers(name: str, text: str) -> str:
     """Return the headers as JSON in one line. Raises UsageError for those of ours, and for secrets."""
     found = _object(name, text)
+    if twice := [header for header, count in Counter(map(str.lower, found)).items() if count > 1]:
+        raise UsageError(f"{name} sets {excerpt(twice[0], 60)} more than once, in other capitals. Give it once.")
     for header, value in found.items():
-        if not isinstance(value, str | int | float) or isinstance(value, bool):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not (is_number or isinstance(value, str)):
             raise UsageError(f'{name} has no text for {excerpt(header, 60)}. Give a text, such as {{"X-Team": "a"}}.')
         if not (_HEADER.fullmatch(header) and str(value).isascii() and str(value).isprintable()):
             raise UsageError(f"{name} has a name or a value that no HTTP header can hold: {excerpt(header, 60)}.")

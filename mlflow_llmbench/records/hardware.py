@@ -7,9 +7,13 @@ from dataclasses import dataclass
 
 from .errors import UsageError
 from .metric import GB
+from .redaction import excerpt
 from .text import known_words
 
 TERA = 1e12
+
+LEAST, MOST = 1e-3, 1e9
+"""Range of a given rate (GB/s, 10¹² FLOP/s) and of a given memory (GB): no device is beyond it."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ def named_hardware(name: str) -> Hardware:
     found = HARDWARE.get(name.strip().lower().replace(" ", "-"))
     if found is None:
         raise UsageError(
-            f"Unknown hardware: {name}. {known_words(name, HARDWARE)} "
+            f"Unknown hardware: {excerpt(name, 60)}. {known_words(name, HARDWARE)} "
             "Or give its rates: --bandwidth 900 --flops 80 --memory 16GB."
         )
     return found
@@ -71,10 +75,13 @@ def given_hardware(bandwidth: str | None, flops: str | None, memory: str | None)
 
 def _size(text: str) -> float:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([mgt])(i?)b", text.strip().lower())
-    if not found:
-        raise UsageError(f"--memory is not a size: {text}. Give a number with its unit, such as 16GB or 12GiB.")
-    power: int = "_kmgt".index(found[2])
-    return float(found[1]) * float((1024 if found[3] else 1000) ** power)
+    power: int = "_kmgt".index(found[2]) if found else 0
+    size = float(found[1]) * float((1024 if found[3] else 1000) ** power) if found else 0.0
+    if not LEAST <= size / GB < MOST:
+        raise UsageError(
+            f"--memory is not a size: {excerpt(text, 60)}. Give a number with its unit, such as 16GB or 12GiB."
+        )
+    return size
 
 
 def _rate(option: str, text: str, unit: str) -> float:
@@ -82,6 +89,8 @@ def _rate(option: str, text: str, unit: str) -> float:
         rate = float(text)
     except ValueError:
         rate = -1.0
-    if not 0 < rate < 1e9:
-        raise UsageError(f"{option} is not a rate in {unit}: {text}. Give a number above 0, without a unit.")
+    if not LEAST <= rate < MOST:
+        raise UsageError(
+            f"{option} is not a rate in {unit}: {excerpt(text, 60)}. Give a number above 0, without a unit."
+        )
     return rate

@@ -230,11 +230,15 @@ def test_known_machines_have_a_source_and_a_vendor_s_rates() -> None:
         (("nan", "3", None), "--bandwidth is not a rate in GB/s: nan."),
         (("300", "0", None), "--flops is not a rate in TFLOP/s: 0."),
         (("300", "3", "8"), "--memory is not a size: 8. Give a number with its unit, such as 16GB or 12GiB."),
+        (("1e-300", "3", None), "--bandwidth is not a rate in GB/s: 1e-300."),
+        (("300", "3", "0GB"), "--memory is not a size: 0GB."),
+        (("300", "3", "9" * 400 + "GB"), "--memory is not a size: 9999"),
     ],
 )
 def test_a_machine_that_is_given_wrongly_is_refused(given: tuple[Any, ...], message: str) -> None:
-    with pytest.raises(UsageError, match=message.replace("(", "\\(")):
+    with pytest.raises(UsageError, match=message.replace("(", "\\(")) as told:
         given_hardware(*given)
+    assert len(str(told.value)) < 200
 
 
 def test_what_is_left_out_is_as_in_most_measured_cells() -> None:
