@@ -6,10 +6,12 @@ for each prompt its text, the numbers of prompt and output tokens, and the reaso
 
 from __future__ import annotations
 
+import contextlib
 import json
+import operator
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from ..records.errors import MeasurementError, UsageError, first_line
@@ -51,8 +53,10 @@ def predict(url: str, protocol: Protocol, inputs: Any, timeout_s: float = 3600.0
     """
     body = _request(inputs)
     if protocol == "mlflow":
-        return _post(f"{url}/invocations", body, timeout_s)["predictions"]
-    return _complete(url, _prompts(body), body.get("params") or {}, timeout_s)
+        answer = _post(f"{url}/invocations", body, timeout_s)
+        with _known_form():
+            return answer["predictions"]
+    return _complete(url, _prompts(body), _limit(body.get("params") or {}), timeout_s)
 
 
 def _request(inputs: Any) -> dict[str, Any]:
@@ -70,11 +74,13 @@ def _request(inputs: Any) -> dict[str, Any]:
 
 
 def _prompts(body: Mapping[str, Any]) -> list[str]:
-    """Return the prompts of a request of `mlflow models serve`."""
-    if split := body.get("dataframe_split"):
-        rows = [dict(zip(split["columns"], row, strict=True)) for row in split["data"]]
-    else:
-        rows = next((list(body[form]) for form in FORMS if form in body), [])
+    """Return the prompts of a request of `mlflow models serve`. Raises UsageError if a row has none."""
+    rows: list[Any] = []
+    with contextlib.suppress(KeyError, TypeError, ValueError):  # of another form: it has no rows
+        if split := body.get("dataframe_split"):
+            rows = [dict(zip(split["columns"], row, strict=True)) for row in split["data"]]
+        else:
+            rows = next((list(body[form]) for form in FORMS if form in body), [])
     asked = [row.get("prompt") if isinstance(row, Mapping) else row for row in rows]
     found = [prompt for prompt in asked if isinstance(prompt, str)]
     if not found or len(found) < len(asked):
@@ -82,23 +88,51 @@ def _prompts(body: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _complete(url: str, prompts: Sequence[str], params: Mapping[str, Any], timeout_s: float) -> list[dict[str, Any]]:
+def _limit(params: Any) -> dict[str, int]:
+    """Return the limit of an answer as a field of OpenAI's interface. Raises UsageError for any other parameter."""
+    others = [name for name in params if name != "max_new_tokens"] if isinstance(params, Mapping) else [params]
+    if others:
+        raise UsageError(f"Unknown parameter of a request: {excerpt(str(others[0]), 60)}. Known: max_new_tokens.")
+    if "max_new_tokens" not in params:
+        return {}
+    try:
+        most = operator.index(params["max_new_tokens"])
+    except TypeError:
+        most = 0
+    if most < 1:
+        given = excerpt(str(params["max_new_tokens"]), 60)
+        raise UsageError(f"max_new_tokens is not a whole number from 1: {given}. Give a number such as 64.")
+    return {"max_tokens": most}
+
+
+def _complete(url: str, prompts: Sequence[str], limit: Mapping[str, int], timeout_s: float) -> list[dict[str, Any]]:
     listed = _open(urllib.request.Request(f"{url}/v1/models"), timeout_s)
-    asked = {"model": str(listed["data"][0]["id"]), "temperature": 0}
-    asked |= {"max_tokens": int(params["max_new_tokens"])} if "max_new_tokens" in params else {}
+    with _known_form():
+        asked = {"model": str(listed["data"][0]["id"]), "temperature": 0, **limit}
     found = []
     for prompt in prompts:
         answer = _post(f"{url}/v1/completions", {**asked, "prompt": prompt}, timeout_s)
-        choice, usage = answer["choices"][0], answer.get("usage") or {}
-        found.append(
-            {
-                "text": choice.get("text"),
-                "prompt_tokens": usage.get("prompt_tokens"),
-                "output_tokens": usage.get("completion_tokens"),
-                "finish": choice.get("finish_reason"),
-            }
-        )
+        with _known_form():
+            choice, usage = answer["choices"][0], answer.get("usage") or {}
+            found.append(
+                {
+                    "text": choice.get("text"),
+                    "prompt_tokens": usage.get("prompt_tokens"),
+                    "output_tokens": usage.get("completion_tokens"),
+                    "finish": choice.get("finish_reason"),
+                }
+            )
     return found
+
+
+@contextlib.contextmanager
+def _known_form() -> Iterator[None]:
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError):
+        raise MeasurementError(
+            "The deployment's answer has another form than such servers give. Read its log."
+        ) from None
 
 
 def _post(address: str, body: Mapping[str, Any], timeout_s: float) -> Any:
@@ -119,7 +153,7 @@ def _open(request: urllib.request.Request, timeout_s: float) -> Any:
         if error.code == 400:
             raise UsageError(f"The deployment refuses the request: {said}") from None
         raise MeasurementError(f"The deployment answers with HTTP {error.code}: {said}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise MeasurementError(f"The deployment does not answer: {first_line(error)}. Read its log.") from None
 
 
@@ -128,6 +162,6 @@ def _message(text: bytes) -> str:
     try:
         found = json.loads(text)
         told = found.get("message") or found.get("error") or found
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         told = text.decode("utf-8", "replace")
     return excerpt(" ".join(str(told).split()), 500)

@@ -239,6 +239,19 @@ def summary(record: DeploymentRecord) -> dict[str, Any]:
     }
 
 
+def summaries() -> list[dict[str, Any]]:
+    """Return the summaries of all deployments. A damaged one has its name, and as its status why it cannot be read."""
+    found = []
+    for name in deployment_state.names():
+        try:
+            record = deployment_state.read(name)
+        except UsageError as error:
+            found.append({"name": name, "status": f"damaged: {error} To remove it: `{DELETE.format(name)}`."})
+        else:
+            found += [summary(record)] if record else []
+    return found
+
+
 def predict(name: str, inputs: Any) -> Any:
     """Return a deployment's answers. See `deployed_client.predict`. Raises UsageError if it does not run."""
     server = require(name).current

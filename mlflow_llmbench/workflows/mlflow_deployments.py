@@ -14,7 +14,7 @@ from mlflow.deployments import BaseDeploymentClient, PredictionsResponse
 from mlflow.exceptions import MlflowException
 
 from ..records.errors import LlmbenchError
-from . import deployment_state, deployments
+from . import deployments
 
 HELP = """Serve versions that `llmbench register` has made, on this machine.
 
@@ -98,7 +98,7 @@ class LlmbenchDeployments(BaseDeploymentClient):
     def list_deployments(self, endpoint: str | None = None) -> list[dict[str, Any]]:
         """Return the summaries of all deployments."""
         with _told():
-            return [deployments.summary(deployments.require(name)) for name in deployment_state.names()]
+            return deployments.summaries()
 
     def get_deployment(self, name: str, endpoint: str | None = None) -> dict[str, Any]:
         """Return version, address, health, memory and log of a deployment."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import http.server
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,9 +111,75 @@ def test_a_damaged_record_is_one_line_and_can_be_deleted(content: str) -> None:
     file.write_text(content)
     with pytest.raises(UsageError, match=rf"The record of the deployment bot cannot be read: .* Its file is {file}"):
         deployments.require("bot")
+    deployment_state.write(DeploymentRecord("other", (server(),)))
+    damaged, other = get_deploy_client("llmbench").list_deployments()
+    assert damaged["name"] == "bot" and damaged["status"].startswith("damaged: The record of the deployment bot cannot")
+    assert (other["name"], other["status"]) == ("other", "stopped: it ended by itself")
+    deployments.delete("other")
     deployments.delete("bot")
     assert record.current.keeper and not is_alive(record.current.keeper.pid)
     assert deployment_state.names() == []
+
+
+class Scripted(http.server.BaseHTTPRequestHandler):
+    """Answers every request with the same JSON."""
+
+    text = b"{}"
+
+    def do_GET(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.text)))
+        self.end_headers()
+        self.wfile.write(self.text)
+
+    do_POST = do_GET
+
+    def log_message(self, *_: object) -> None:
+        """Log nothing."""
+
+
+@pytest.fixture
+def scripted() -> Iterator[str]:
+    """Address of a server with scripted answers."""
+    with http.server.HTTPServer(("127.0.0.1", 0), Scripted) as one:
+        thread = threading.Thread(target=one.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{one.server_port}"
+        one.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("protocol", ["mlflow", "openai"])
+@pytest.mark.parametrize(
+    "text", [b"{}", b"[]", b"null", b"[" * 100_000, b'{"data": []}', b'{"data": [{"id": "m"}], "choices": [null]}']
+)
+def test_an_answer_of_another_form_is_one_line(
+    scripted: str, protocol: deployed_client.Protocol, text: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Scripted, "text", text)
+    with pytest.raises(MeasurementError, match=r"The deployment.* Read its log\.$"):
+        deployed_client.predict(scripted, protocol, ["Hello"])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"inputs": 5}, "A row has no prompt"),
+        ({"dataframe_split": {"data": [["a"]]}}, "A row has no prompt"),
+        ({"dataframe_split": {"columns": ["prompt"], "data": [["a", "b"]]}}, "A row has no prompt"),
+        ({"inputs": ["a"], "params": {"max_new_tokens": "x"}}, "max_new_tokens is not a whole number from 1: x. Give"),
+        ({"inputs": ["a"], "params": {"max_new_tokens": -5}}, "max_new_tokens is not a whole number from 1: -5"),
+        (
+            {"inputs": ["a"], "params": {"temperature": 1.0}},
+            "Unknown parameter of a request: temperature. Known: max_n",
+        ),
+        ({"inputs": ["a"], "params": [1]}, r"Unknown parameter of a request: \[1\]"),
+    ],
+)
+def test_a_request_that_a_server_could_not_take_is_refused(inputs: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        deployed_client.predict("http://127.0.0.1:9", "openai", inputs)
 
 
 def test_a_deployment_is_found_again_after_a_restart_as_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
