@@ -49,7 +49,9 @@ class RequestBoard:
     def __init__(self, folder: Path) -> None:
         size = HEAD.size + ENTRIES * ENTRY.size
         with (folder / f"{os.getpid()}{SUFFIX}").open("w+b") as file:
-            file.truncate(size)
+            # Written, not left as a hole: to write to a hole of a mapped file on a full disk would end this process.
+            file.write(bytes(size))
+            file.flush()
             self._memory = mmap.mmap(file.fileno(), size)
         self._begun = self._ended = 0
 

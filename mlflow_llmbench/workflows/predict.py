@@ -56,7 +56,7 @@ def predict(
         raise UsageError("A prediction needs measured cells, or a machine. Give --of SWEEP, or --hardware rtx-4090.")
     machine = find_machines(cells)[0] if cells else None
     here = [m for m in cells if machine and m.result.hashes.env == machine.env]
-    asked = _asked(parameters, here)
+    asked = _asked(parameters, here, hardware)
     models: dict[tuple[str, str, str], AskedModel | str] = {}
     found = []
     for cell in asked:
@@ -67,7 +67,7 @@ def predict(
         found.append(
             PredictedCell(cell, notes=(model,))
             if isinstance(model, str)
-            else predict_on(hardware, cell, model, shares_of(_of_quant(here, cell)))
+            else predict_on(hardware, cell, model, shares_of(_alike(here, cell)))
             if hardware
             else predict_cell(here, cell, model, _formula)
         )
@@ -75,16 +75,19 @@ def predict(
     return Prediction(tuple(found), machine.name if machine else None, hardware, sweeps, len(here), suspect)
 
 
-def _of_quant(here: Sequence[Measured], cell: Cell) -> list[Measured]:
-    return [m for m in here if m.cell.quant == cell.quant]
+def _alike(here: Sequence[Measured], cell: Cell) -> list[Measured]:
+    return [m for m in here if (m.cell.quant, m.cell.tensor_parallel) == (cell.quant, cell.tensor_parallel)]
 
 
-def _asked(parameters: Mapping[str, object], here: Sequence[Measured]) -> list[Cell]:
-    """Return the asked cells: each setting as given, else as in most measured cells, else its default."""
+def _asked(parameters: Mapping[str, object], here: Sequence[Measured], hardware: Hardware | None) -> list[Cell]:
+    """Return the asked cells: each setting as given, else as in most measured cells, else its default.
+
+    With `hardware`, which is one device, there is one rank.
+    """
     given = {name: value for name, value in parameters.items() if value is not None}
     if not here and "model" not in given:
         raise UsageError("There is no model to predict. Name one: --model opt-1.3b.")
-    names = [f.name for f in dataclasses.fields(Cell)]
+    names = [f.name for f in dataclasses.fields(Cell) if not (hardware and f.name == "tensor_parallel")]
     usual: dict[str, object] = {}
     for name in names if here else ():
         value = Counter(getattr(m.cell, name) for m in here).most_common(1)[0][0]

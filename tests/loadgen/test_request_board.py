@@ -37,6 +37,13 @@ def test_requests_are_read_as_they_end(tmp_path: Path) -> None:
     assert read_boards(tmp_path / "nowhere", 0).ended == ()
 
 
+def test_a_board_has_its_space_on_the_disk_before_it_is_used(tmp_path: Path) -> None:
+    board = RequestBoard(tmp_path)
+    [file] = tmp_path.iterdir()
+    assert file.stat().st_blocks * 512 >= file.stat().st_size > ENTRIES
+    board.begin()
+
+
 def test_a_full_board_keeps_the_newest(tmp_path: Path) -> None:
     board = RequestBoard(tmp_path)
     for number in range(ENTRIES + 3):

@@ -53,6 +53,10 @@ def figure(found: PredictedCell, name: str) -> PredictedFigure:
     return next(one for one in found.figures if one.name == name)
 
 
+def replaced(one: RunResult, **settings: Any) -> RunResult:
+    return dataclasses.replace(one, cell=dataclasses.replace(one.cell, **settings))
+
+
 def no_formula(cell: Cell, result: RunResult) -> float | None:
     return None
 
@@ -242,13 +246,25 @@ def test_a_machine_that_is_given_wrongly_is_refused(given: tuple[Any, ...], mess
 
 
 def test_what_is_left_out_is_as_in_most_measured_cells() -> None:
-    results = [dataclasses.replace(one, cell=dataclasses.replace(one.cell, threads=2)) for one in sweep(lengths=[128])]
+    results = [replaced(one, threads=2) for one in sweep(lengths=[128])]
     found = predict({"batch_size": "3,6", "model": "opt-125m"}, results)
     assert [one.cell.batch_size for one in found.cells] == [3, 6]
     assert {(one.cell.threads, one.cell.quant, one.cell.prompt_tokens) for one in found.cells} == {(2, "bf16", 128)}
     assert (found.count, found.suspect, found.hardware) == (6, 0, None)
     long = predict({"prompt_tokens": "3000", "model": "opt-125m"}, results)
     assert long.cells[0].figures == () and "is more than the context of opt-125m" in long.cells[0].notes[0]
+
+
+def test_another_machine_is_one_device() -> None:
+    """Cells of two ranks tell nothing of the share of its rates that one device reaches."""
+    results = [replaced(one, tensor_parallel=2) for one in rooflined()]
+    asked = {"model": "opt-125m", "prompt_tokens": "128"}
+    [found] = predict(asked, results, named_hardware("t4")).cells
+    [alone] = predict({"quant": "bf16", "output_tokens": "32", **asked}, hardware=named_hardware("t4")).cells
+    assert found.cell.tensor_parallel == 1
+    assert found.figures == alone.figures
+    [reached] = predict(asked, rooflined(), named_hardware("t4")).cells
+    assert figure(reached, FIRST_TOKEN).value == pytest.approx(2 * figure(alone, FIRST_TOKEN).value, rel=0.01)
 
 
 def test_without_cells_or_a_machine_there_is_nothing_to_predict_from() -> None:
