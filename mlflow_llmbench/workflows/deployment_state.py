@@ -15,7 +15,7 @@ from typing import Any
 
 from ..loadgen.detached_server import Keeper
 from ..records import reading
-from ..records.errors import JournalError, UsageError
+from ..records.errors import JournalError, MissingError, UsageError
 from ..records.reading import Unreadable
 from ..records.redaction import excerpt
 from ..system.machine import replace_text
@@ -137,7 +137,13 @@ def remove(name: str, server: DeployedServer | None = None) -> None:
 
 @contextlib.contextmanager
 def locked(name: str) -> Iterator[None]:
-    """Hold a deployment for one command. Raises UsageError if another one changes it now, JournalError."""
+    """Hold a deployment for one command.
+
+    Raises UsageError if another one changes it now, JournalError if it cannot be written, MissingError if the system is
+    not POSIX.
+    """
+    if os.name != "posix":
+        raise MissingError("Deployments need a POSIX system. Serve the version by `mlflow models serve`.")
     import fcntl
 
     folder_of(name)

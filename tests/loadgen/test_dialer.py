@@ -23,6 +23,9 @@ from mlflow_llmbench.loadgen.http1 import Exchange
 from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.errors import ModelError, UsageError
 from mlflow_llmbench.records.redaction import redact
+from mlflow_llmbench.records.results import ModelFacts
+from mlflow_llmbench.sweeps.sweep import run
+from mlflow_llmbench.tracking.load_results import load_results
 
 from ..null_server import null_server
 from ..relays import Certificates, certificates, relay
@@ -135,6 +138,9 @@ def test_connections_are_spread_over_the_addresses_of_a_name(server: str, monkey
         for _ in range(12):  # one user: the connection that has waited longest is used
             client.ask(get(0))
         assert {one.used for one in client._idle} == {3}
+        cell = Cell(backend="openai", url=f"http://balanced.test:{first.port}", model="null:ttft_ms=1", output_tokens=2)
+        with contextlib.closing(OpenAIBackend(cell, ModelFacts("", "none", "", ""))) as backend:
+            assert backend.load().facts["server.addresses"] == 3
 
 
 def test_a_name_whose_first_address_refuses_keeps_to_the_other_family(
@@ -196,3 +202,40 @@ def test_a_proxy_that_refuses_is_told(made: Certificates, monkeypatch: pytest.Mo
     with pytest.raises(UsageError, match="a proxy that is not http://HOST:PORT: socks5 address") as told:
         by_environment(address_of("https://far.example.org"))
     assert "hunter2" not in str(told.value)
+
+
+def test_a_run_goes_by_tls_and_through_a_proxy_from_every_client_process(
+    server: str, made: Certificates, store_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = "Basic dXNlcjpzZWNyZXQtMTIz"
+    with (
+        relay(None, authorization=secret) as proxy,
+        relay(port_of(server), context=made.context(wants_client=True)) as front,
+    ):
+        monkeypatch.setenv("HTTPS_PROXY", f"http://user:secret-123@127.0.0.1:{proxy.port}")
+        monkeypatch.setenv(PASSWORD, made.password)
+        done = run(
+            tracking_uri=store_uri,
+            backend="openai",
+            url=f"https://localhost:{front.port}",
+            model="null:ttft_ms=5+itl_ms=3",
+            tls_ca=str(made.ca),
+            tls_cert=str(made.client),
+            tls_key=str(made.client_key),
+            proxy="environment",
+            concurrency=4,
+            client_processes=2,
+            repetitions=2,
+            warmup=1,
+            requests=12,
+            output_tokens=4,
+            prompt_tokens=16,
+        )
+        assert done.exit_code == 0
+        assert set(proxy.asked) == {f"CONNECT localhost:{front.port}"}
+        [result] = load_results(done.folder)
+        assert result.load and result.load.facts["server.proxy"] == f"127.0.0.1:{proxy.port}"
+        assert all(len(repetition.client.parts) == 2 for repetition in result.repetitions if repetition.client)
+    written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    hidden = (b"secret-123", secret.encode(), made.password.encode())
+    assert not [1 for content in written for one in hidden if one in content]
