@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from mlflow_llmbench.system import memory, processes
 
 from .test_server_process import ROOT, is_alive, notes, within
 
-MARKED = "0123456789abcdef"
+MARKED = secrets.token_hex(8)  # of this run of the tests alone: others may run beside it
 
 
 @pytest.fixture(autouse=True)

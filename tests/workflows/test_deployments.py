@@ -6,6 +6,7 @@ import dataclasses
 import http.server
 import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -44,7 +45,7 @@ from ..loadgen.test_server_process import ROOT, is_alive, notes, within
 from ..results import made, stored
 from ..tracking.test_registry import BUSY, measured_sweep
 
-MARK = "00112233445566aa"
+MARK = secrets.token_hex(8)  # of this run of the tests alone: others may run beside it
 SWEEP = "20260101T000000Z-aaaaaa"
 
 
