@@ -18,17 +18,20 @@ from ..analysis.scaling.prediction import (
     shares_of,
 )
 from ..config import model_shape
-from ..config.cells import expand_cells
+from ..config.cells import MIXED_PARAMETERS, expand_cells
 from ..config.models import find_preset
-from ..config.spec import parse
+from ..config.spec import parse, values_of
 from ..measure import interpreter
-from ..records.cell import Cell, as_text
+from ..records.cell import BACKEND_SPECIFIC, Cell, as_text
 from ..records.errors import UsageError
 from ..records.hardware import Hardware
 from ..records.quantizations import FLOAT_DTYPES
 from ..records.results import LoadInfo, ModelFacts, RunResult
 from ..system import estimate
 from ..tracking.load_results import Given, load_all
+
+OF_A_QUANTIZATION = (*BACKEND_SPECIFIC, *MIXED_PARAMETERS, "group_size", "int8_threshold", "double_quant")
+"""Settings of one runtime or quantization. Cells with another one say nothing of them."""
 
 
 def predict(
@@ -88,12 +91,20 @@ def _asked(parameters: Mapping[str, object], here: Sequence[Measured], hardware:
     if not here and "model" not in given:
         raise UsageError("There is no model to predict. Name one: --model opt-1.3b.")
     names = [f.name for f in dataclasses.fields(Cell) if not (hardware and f.name == "tensor_parallel")]
-    usual: dict[str, object] = {}
-    for name in names if here else ():
-        value = Counter(getattr(m.cell, name) for m in here).most_common(1)[0][0]
-        if value is not None:
-            usual[name] = as_text(name, value)
+    alike = here
+    for name in ("backend", "quant"):
+        asked = values_of(name, given[name]) if name in given else [_usual(name, alike)] if alike else []
+        alike = [m for m in alike if as_text(name, getattr(m.cell, name)) in asked]
+    texts = {name: _usual(name, alike if name in OF_A_QUANTIZATION else here) for name in names}
+    usual = {name: text for name, text in texts.items() if text is not None}
     return expand_cells(parse({**usual, **given}, recorded=True))
+
+
+def _usual(name: str, cells: Sequence[Measured]) -> str | None:
+    """Return the value that most cells have, as text; None for an unset one, and without cells."""
+    counts = Counter(getattr(m.cell, name) for m in cells)
+    value = counts.most_common(1)[0][0] if counts else None
+    return None if value is None else as_text(name, value)
 
 
 def _facts_of(cell: Cell, here: Sequence[Measured]) -> ModelFacts:

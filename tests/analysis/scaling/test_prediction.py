@@ -28,7 +28,7 @@ from mlflow_llmbench.analysis.scaling.prediction import (
     shares_of,
 )
 from mlflow_llmbench.config.models import PRESETS
-from mlflow_llmbench.records.cell import Cell
+from mlflow_llmbench.records.cell import PARAMETERS, Cell
 from mlflow_llmbench.records.errors import OutOfRange, UsageError
 from mlflow_llmbench.records.hardware import HARDWARE, Hardware, given_hardware, named_hardware
 from mlflow_llmbench.records.results import LoadInfo, RunResult
@@ -253,6 +253,25 @@ def test_what_is_left_out_is_as_in_most_measured_cells() -> None:
     assert (found.count, found.suspect, found.hardware) == (6, 0, None)
     long = predict({"prompt_tokens": "3000", "model": "opt-125m"}, results)
     assert long.cells[0].figures == () and "is more than the context of opt-125m" in long.cells[0].notes[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "asked"),
+    [
+        ({"quant": "int8", "int8_threshold": 5.0}, {"quant": "bf16"}),
+        ({"quant": "int4", "double_quant": True}, {"quant": "bf16,int8"}),
+        ({"quant": "int4-wo", "group_size": 64}, {"quant": ["bf16"]}),
+        ({"quant": "mixed", "quant_budget": "4"}, {"quant": "none"}),
+        ({"backend": "llama_cpp", "quant": "q4_0", "gpu_layers": 3}, {"quant": "bf16", "backend": "transformers"}),
+        ({"tensor_parallel": 2}, {"backend": "vllm"}),
+    ],
+)
+def test_settings_of_another_quantization_are_not_taken_over(settings: dict[str, Any], asked: dict[str, Any]) -> None:
+    results = [replaced(one, **settings) for one in rooflined()]
+    cell = predict(asked, results).cells[0].cell
+    assert all(getattr(cell, name) == PARAMETERS[name].default for name in settings if name not in ("quant", "backend"))
+    same = predict({"batch_size": "3"}, results).cells[0].cell
+    assert {name: getattr(same, name) for name in settings} == settings
 
 
 def test_another_machine_is_one_device() -> None:
