@@ -17,14 +17,14 @@ def command_in_turns(a: Cell, b: Cell) -> str:
     That is so for servers, for permissions, which are given anew, and for values with blanks, which a side cannot hold.
     """
     apart = differing([a, b], OF_THE_COMMAND) or ["quant"]
-    sides = [" ".join(f"{name}={as_text(name, getattr(cell, name))}" for name in apart) for cell in (a, b)]
+    side_a, side_b = (" ".join(f"{name}={as_text(name, getattr(cell, name))}" for name in apart) for cell in (a, b))
     if (
         any(cell.scenario == "online" or cell.trust_remote_code for cell in (a, b))
-        or any(len(side.split()) != len(apart) for side in sides)
+        or any(len(side.split()) != len(apart) for side in (side_a, side_b))
         or (a.backend != b.backend and "backend" not in apart and "quant" not in apart)
     ):
         return command_text("ab")
     texts = {f.name: as_text(f.name, getattr(a, f.name)) for f in fields(Cell)}
     implied = {*apart, *OF_THE_COMMAND, *(("backend",) if "quant" in apart else ())}
     named = [name for name, text in texts.items() if name == "model" or text != default_text(name)]
-    return command_text("ab", *sides, **{name: texts[name] for name in named if name not in implied})
+    return command_text("ab", side_a, side_b, **{name: texts[name] for name in named if name not in implied})
