@@ -81,7 +81,7 @@ def predicted_bytes(cell: Cell, model: ModelFacts, shape: model_shape.Shape | No
     )
     peak += _weight_bytes(cell, model, shape, dtype) - shape.weight_bytes(quant, dtype)
     peak += model_shape.PROCESS_BYTES + _decode_overhead_bytes(cell, model, (prompt or 512) + output)
-    peak += _more_ranks_bytes(cell, shape, dtype, prompt or 512)
+    peak += _more_ranks_bytes(cell, model, shape, dtype, prompt or 512)
     return max(peak, predicted_load_bytes(cell, model, shape) or 0)
 
 
@@ -93,19 +93,25 @@ def predicted_load_bytes(cell: Cell, model: ModelFacts, shape: model_shape.Shape
     if _runs_packed(cell, model):
         return model_shape.PROCESS_BYTES + (model.files_bytes or 0)
     own = model_shape.load_memory_estimate(shape, _quant_loaded(cell), dtype)
-    return model_shape.PROCESS_BYTES + own + _more_ranks_bytes(cell, shape, dtype, 0)
+    return model_shape.PROCESS_BYTES + own + _more_ranks_bytes(cell, model, shape, dtype, 0)
 
 
-def _more_ranks_bytes(cell: Cell, shape: model_shape.Shape, dtype: str, prompt: int) -> int:
+WHOLE_EMBEDDINGS = ("gpt_neox",)
+"""Model types whose input embedding is not divided among ranks: transformers knows it as `embed_tokens` only."""
+
+
+def _more_ranks_bytes(cell: Cell, model: ModelFacts, shape: model_shape.Shape, dtype: str, prompt: int) -> int:
     """Bytes that several ranks need together beyond one: of each other one its process, and what is not divided.
 
-    That are norms and biases, the logits, which each rank gathers, and the activations of a prefill of `prompt` tokens,
-    which it holds in part; they count whole.
+    That are norms and biases, some embeddings, the logits, which each rank gathers, and the activations of a prefill of
+    `prompt` tokens, which it holds in part; they count whole.
     """
     value_bytes = model_shape.VALUE_BYTES[FLOAT_DTYPES.get(cell.quant) or dtype]
+    whole = shape.other_parameters
+    whole += shape.embedding_parameters if (model.config or {}).get("model_type") in WHOLE_EMBEDDINGS else 0
     logits = cell.batch_size * shape.vocab_size * 4 if prompt else 0
     activations = 2 * cell.batch_size * prompt * max(shape.intermediate_size, 3 * shape.hidden_size) * 4
-    each = model_shape.PROCESS_BYTES + shape.other_parameters * value_bytes + logits + activations
+    each = model_shape.PROCESS_BYTES + whole * value_bytes + logits + activations
     return (cell.tensor_parallel - 1) * each
 
 

@@ -88,7 +88,12 @@ def test_a_rank_that_is_killed_ends_the_cell_as_crashed(store_uri: str, tmp_path
 
 
 @pytest.mark.parametrize(("how", "whom"), [("SIGKILL", "worker"), ("SIGINT", "group"), ("SIGKILL", "command")])
-def test_no_rank_outlives_its_worker(store_uri: str, tmp_path: Path, tiny_model: Path, how: str, whom: str) -> None:
+def test_no_rank_outlives_its_worker(
+    store_uri: str, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, how: str, whom: str
+) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
     with measuring(tmp_path, store_uri, tiny_model) as (process, worker, rank):
         if whom == "group":
             os.killpg(process.pid, getattr(signal, how))
@@ -98,3 +103,4 @@ def test_no_rank_outlives_its_worker(store_uri: str, tmp_path: Path, tiny_model:
         until(lambda: not alive(rank) and not alive(worker), 30)
     if whom != "command":
         assert {*states(store_uri).values()} == {("FAILED", "oom") if whom == "worker" else ("KILLED", "interrupted")}
+    assert not [*scratch.glob("llmbench-ranks-*")]

@@ -170,6 +170,19 @@ def test_ranks_share_the_weights_and_add_their_processes(nvml: Callable[[str], N
     assert estimate.least_seconds(on_cpu, facts, preset.shape, rates) == times[0]
 
 
+def test_an_embedding_that_is_not_divided_counts_for_each_rank() -> None:
+    """Measured with two ranks on a CPU: 0.385 GB of weights, where one rank has 0.282, and 1.14 GB needed."""
+    preset = models.PRESETS["pythia-70m"]
+    facts = ModelFacts("pythia-70m", "preset", "m", "main", config=dict(preset.config), dtype="float16")
+    one = Cell(model="pythia-70m", quant="fp32", device="cpu", prompt_tokens=32, output_tokens=16)
+    sizes = [
+        estimate.predicted_bytes(dataclasses.replace(one, tensor_parallel=ranks), facts, preset.shape) or 0
+        for ranks in (1, 2)
+    ]
+    assert sizes[1] - sizes[0] > PROCESS_BYTES + 4 * preset.shape.embedding_parameters
+    assert sizes[1] == pytest.approx(1.14e9, rel=0.06)
+
+
 SEVENTY = {
     "model_type": "llama", "hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64,
     "num_key_value_heads": 8, "intermediate_size": 28672, "vocab_size": 32000, "tie_word_embeddings": False,
