@@ -163,8 +163,8 @@ def predict_cell(cells: Sequence[Measured], asked: Cell, model: AskedModel, form
 
 
 NEEDED = (
-    "three of other batch sizes or prompt lengths around it are needed, or three with known peak rates of the machine "
-    "and costs of the model"
+    "three of other batch sizes or prompt lengths around it are needed, or three with peak rates of the machine that "
+    "were measured without doubt and with known costs of the model"
 )
 
 
