@@ -17,8 +17,8 @@ ALLOWABLE = ("hardware", "software", "workload", "scenario", "schema", "verdict"
 STREAM = ("request_rate", "ramp_to", "arrival", "burstiness", "seed", "requests")
 """Parameters that set when the requests of an open loop come."""
 
-ANSWERS = ("temperature", "ignore_eos", "thinking", "extra_body")
-"""Parameters of requests that change what a server has to answer."""
+ANSWERS = ("temperature", "ignore_eos", "thinking", "extra_body", "headers")
+"""Parameters of requests that change what a server has to answer, or which one answers behind a router."""
 
 MEASURED = ("cell", "hashes", "started_ms", "ended_ms", "first_call_ms", "memory", "repetitions")
 """Fields of a result that two measurements cannot have in common, all together."""

@@ -108,7 +108,7 @@ def _object(name: str, text: str) -> dict[str, Any]:
     inline = text.lstrip().startswith("{")
     where = name if inline else f"{name}={excerpt(text, 200)}"
     try:
-        found = reading.parse_json(text) if inline else reading.read_json(text, most=1 << 20)
+        found = reading.parse_json(text, unique=True) if inline else reading.read_json(text, 1 << 20, unique=True)
     except Unreadable as error:
         raise UsageError(
             f'Cannot read {where}: {error}. Give JSON such as {{"top_p": 0.9}}, or the path of a file of it.'

@@ -76,13 +76,12 @@ def by_environment(address: Address) -> Address:
         return address
     try:
         parts = urlsplit(found if "://" in found else f"http://{found}")
-        host, port = parts.hostname, parts.port or 80
-    except ValueError:
-        host, port = None, 0
+        host, port, why = parts.hostname, parts.port or 80, f"it is a {parts.scheme or 'different'} address"
+    except ValueError:  # its text may hold a password
+        host, port, why = None, 0, "its host or port cannot be read"
     if not host or parts.scheme != "http":
         raise UsageError(
-            f"The environment names a proxy that is not http://HOST:PORT: {parts.scheme or 'no'} address. Correct it, "
-            "or leave proxy out."
+            f"The environment names a proxy that is not http://HOST:PORT: {why}. Correct it, or leave proxy out."
         )
     return replace(address, proxy=Proxy(host, port, _credentials(parts.username, parts.password)))
 

@@ -31,7 +31,7 @@ STARTED_WITHIN_S = 1.0
 
 @dataclass(frozen=True)
 class Keeper:
-    """A keeper process: its id, and when it began (s since 1970)."""
+    """A keeper process: its id, and when it began (s after the machine was started)."""
 
     pid: int
     began_s: float

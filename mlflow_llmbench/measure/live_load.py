@@ -26,6 +26,14 @@ EVERY_S = 1.0
 """Seconds between two observations."""
 
 
+def live_load(cells: Sequence[Cell]) -> LiveLoad | None:
+    """Return what looks at the loads of cells; None if there is no room for it, which must not end a measurement."""
+    try:
+        return LiveLoad(cells)
+    except OSError:
+        return None
+
+
 class LiveLoad:
     """Looks at the loads of one worker and of its client processes."""
 

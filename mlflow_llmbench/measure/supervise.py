@@ -32,7 +32,7 @@ from ..system.memory import HostMemory
 from . import events, interpreter
 from .events import CellAdded, Event, JobBegun, MemorySampled, RanksStarted, Report, ServerLaunched, StageMemory
 from .journal import SERVER_LOG, EventLog, redact_log, write_bytes
-from .live_load import LiveLoad
+from .live_load import LiveLoad, live_load
 from .outcome import Clock, GroupOutcome
 from .task import WorkerJob
 
@@ -96,7 +96,7 @@ def run_worker(
     outcome = GroupOutcome(environment=environment, clock=clock)
     failure: LlmbenchError | None = None
     is_client = job.cells[0].scenario == "online"
-    live = LiveLoad(job.cells) if is_client and waited and job.task == "measure" else None
+    live = live_load(job.cells) if is_client and waited and job.task == "measure" else None
     process = _start(job, log_file, live.variables if live else {})
     watch = _Watch(
         process, outcome, limits or Limits(), report, not is_client, more=more, pause=pause, waited=waited, live=live

@@ -143,9 +143,11 @@ def read_text(path: str | os.PathLike[str], most: int = MOST_BYTES) -> str:
     return decode(read_bytes(path, most)).replace("\r\n", "\n").replace("\r", "\n")
 
 
-def read_json(path: str | os.PathLike[str], most: int = MOST_BYTES, surrogates: bool = False) -> Any:
+def read_json(
+    path: str | os.PathLike[str], most: int = MOST_BYTES, surrogates: bool = False, unique: bool = False
+) -> Any:
     """Return the value in a JSON file. Raises Unreadable. See `parse_json`."""
-    return parse_json(read_bytes(path, most), surrogates)
+    return parse_json(read_bytes(path, most), surrogates, unique)
 
 
 def read_own_json(path: str | os.PathLike[str]) -> Any:
@@ -156,19 +158,20 @@ def read_own_json(path: str | os.PathLike[str]) -> Any:
     return read_json(path, MOST_RESULT_BYTES, surrogates=True)
 
 
-def parse_json(content: str | bytes, surrogates: bool = False) -> Any:
+def parse_json(content: str | bytes, surrogates: bool = False, unique: bool = False) -> Any:
     r"""Return the value of a JSON text of at most `MOST_DEPTH` levels.
 
-    `surrogates` accepts halves of surrogate pairs (`"\ud800"`), which no encoding can write. Raises Unreadable.
+    `surrogates` accepts halves of surrogate pairs (`"\ud800"`), which no encoding can write; `unique` refuses an object
+    in which a name stands twice. Raises Unreadable.
     """
     text = decode(content) if isinstance(content, bytes) else content.removeprefix("\ufeff")
     try:
-        hooks: dict[str, Any] = {}
+        hooks: dict[str, Any] = {"object_pairs_hook": _unique} if unique else {}
         if len(text) > MOST_DEPTH:  # else nothing in it can be too long or too deep
             plain = isinstance(content, bytes) and not content.startswith(tuple(mark for mark, _ in _WIDE))
             raw: bytes = content if plain else text.encode("utf-8", "surrogatepass")  # type: ignore[assignment]
             if b"0" * MOST_DIGITS in raw.translate(_DIGITS):
-                hooks = {"parse_int": _bounded_int}  # a text may have as many digits
+                hooks["parse_int"] = _bounded_int  # a text may have as many digits
             if raw.count(b"[") + raw.count(b"{") > MOST_DEPTH:
                 _require_bounded(raw)
             del raw
@@ -186,6 +189,14 @@ def parse_json(content: str | bytes, surrogates: bool = False) -> Any:
     except ValueError as error:
         raise Unreadable(f"it is not JSON: {error}") from None
     return data
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise Unreadable(f"{next(name for name in names if names.count(name) > 1)[:60]!r} stands in it twice")
+    return found
 
 
 def _bounded_int(digits: str) -> int:

@@ -16,12 +16,15 @@ def boot_id() -> str:
 
 
 def began(pid: int) -> float | None:
-    """Return when a process began, s since 1970; None if it has ended."""
+    """Return when a process began, s after the machine was started; None if it has ended.
+
+    The date of the beginning would change with the machine's clock.
+    """
     import psutil
 
     try:
         process = psutil.Process(pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else float(process.create_time())
+        return None if process.status() == psutil.STATUS_ZOMBIE else float(process.create_time() - psutil.boot_time())
     except psutil.Error:
         return None
 

@@ -47,6 +47,7 @@ def test_headers_hold_references_and_no_keys() -> None:
         ({"extra_body": '{"top_p": 0.9'}, "Cannot read extra_body: it is not JSON"),
         ({"extra_body": "missing.json"}, "Cannot read extra_body=missing.json: No such file or directory. Give JSON"),
         ({"extra_body": "{}"}, "extra_body is empty. Leave it out"),
+        ({"extra_body": '{"a": 1, "b": {"c": 1, "c": 2}}'}, "Cannot read extra_body: 'c' stands in it twice"),
         ({"extra_body": '{"a": NaN}'}, "extra_body has a number that JSON cannot hold"),
         ({"extra_body": {"a": {1, 2}}}, "extra_body cannot be written as JSON"),
         ({"extra_body": {"a": "x y " * 2000}}, "extra_body has a value of 8,009 characters"),
@@ -127,6 +128,7 @@ def test_other_answers_are_another_workload() -> None:
         "temperature 0 → 0.7",
         "thinking auto → off",
         'extra_body none → {"top_p": 1}',
+        'headers none → {"X-A": "b"}',
     ]
     assert {difference.kind for difference in found} == {"workload"}
     assert differences(result(temperature=1), result(temperature=1)) == []

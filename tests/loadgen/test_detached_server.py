@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from mlflow_llmbench.loadgen import detached_server
@@ -118,3 +119,12 @@ def test_another_process_with_the_same_id_is_not_the_keeper() -> None:
     assert not dataclasses.replace(own, began_s=own.began_s - 60).is_alive
     assert not Keeper(2**22 + 1, own.began_s).is_alive
     assert processes.boot_id() == processes.boot_id() != ""
+
+
+def test_a_clock_that_is_set_leaves_a_keeper_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system tells dates of processes as the machine's start and the time since; setting the clock moves both."""
+    own = Keeper(os.getpid(), processes.began(os.getpid()) or 0)
+    started, began = psutil.boot_time(), psutil.Process().create_time()
+    monkeypatch.setattr(psutil, "boot_time", lambda: started + 3600)
+    monkeypatch.setattr(psutil.Process, "create_time", lambda _: began + 3600)
+    assert own.is_alive

@@ -199,9 +199,14 @@ def test_a_proxy_that_refuses_is_told(made: Certificates, monkeypatch: pytest.Mo
         ):
             resolve("https://far.example.org", proxy="environment")
     monkeypatch.setenv("HTTPS_PROXY", "socks5://user:hunter2hunter2@127.0.0.1:1080")
-    with pytest.raises(UsageError, match="a proxy that is not http://HOST:PORT: socks5 address") as told:
+    with pytest.raises(UsageError, match="a proxy that is not http://HOST:PORT: it is a socks5 address") as told:
         by_environment(address_of("https://far.example.org"))
     assert "hunter2" not in str(told.value)
+    for unreadable in ("http://127.0.0.1:99999", "http://user:hunter2hunter2"):
+        monkeypatch.setenv("HTTPS_PROXY", unreadable)
+        with pytest.raises(UsageError, match=r": its host or port cannot be read\. Correct it") as told:
+            by_environment(address_of("https://far.example.org"))
+        assert "hunter2" not in str(told.value)
 
 
 def test_a_run_goes_by_tls_and_through_a_proxy_from_every_client_process(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -57,6 +59,11 @@ def test_a_short_load_is_left_alone_and_a_long_one_is_looked_at_each_second() ->
     finally:
         live.close()
     assert not live.folder.exists()
+
+
+def test_without_room_for_it_nothing_is_shown_and_the_measurement_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "mkdtemp", Mock(side_effect=OSError(28, "No space left on device")))
+    assert live_load.live_load([CELL]) is None
 
 
 def test_what_a_worker_sends_is_seen_while_it_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

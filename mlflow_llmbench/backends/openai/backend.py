@@ -447,8 +447,9 @@ class OpenAIBackend(NothingToFetch):
         if self.server:
             self.server.require_running()
         why = f" {log_end(self.server.log)}" if self.server else ""
+        said = told.message if told.message.endswith((".", "…")) else f"{told.message}."
         raise MeasurementError(
-            f"The server does not answer a first request ({told.outcome}): {told.message} Check its log, "
+            f"The server does not answer a first request ({told.outcome}): {said} Check its log, "
             f"{', '.join(['model', *self._asked()])} and endpoint.{why}"
         )
 

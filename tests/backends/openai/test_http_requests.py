@@ -144,7 +144,7 @@ def test_what_was_asked_for_is_not_left_out(server: str, refused: str, settings:
     backend = OpenAIBackend(cell(server, f"+refuses={refused}", **settings), NONE)
     try:
         with pytest.raises(
-            MeasurementError, match=f"Unsupported parameter: {refused.split(';')[-1]} Check .*{next(iter(settings))}"
+            MeasurementError, match=f"Unsupported parameter: {refused.split(';')[-1]}\\. Check .*{next(iter(settings))}"
         ):
             backend.load()
     finally:
