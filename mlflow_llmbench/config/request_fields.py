@@ -14,6 +14,7 @@ from typing import Any
 
 from ..records import reading, references
 from ..records.errors import UsageError
+from ..records.invocation import already_recorded
 from ..records.reading import Unreadable
 from ..records.redaction import LEAST_LENGTH, excerpt, is_secret_name, looks_secret
 
@@ -147,5 +148,5 @@ def _line(name: str, found: Mapping[str, Any]) -> str:
 def _secret(name: str, field: str) -> UsageError:
     return UsageError(
         f"{name} has what looks like a secret in {excerpt(field, 60)}, and it would be recorded. "
-        "Set an environment variable to it, and give its name in its place, such as $GATEWAY_KEY."
+        f"Set an environment variable to it, and give its name in its place, such as $GATEWAY_KEY.{already_recorded()}"
     )

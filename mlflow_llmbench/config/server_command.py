@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Iterator
 
 from ..records.errors import UsageError
+from ..records.invocation import already_recorded
 from ..records.redaction import excerpt, is_secret_name, looks_secret
 
 PLACEHOLDERS = ("model", "port", "quant")
@@ -56,7 +57,7 @@ def _refuse_secrets(text: str) -> None:
         told = f"{kind} that is named as a secret, {named}," if named else "what looks like a secret"
         raise UsageError(
             f"launch has {told} and the command would be logged. "
-            "Start the server without it, or from a script of your own."
+            f"Start the server without it, or from a script of your own.{already_recorded()}"
         )
 
 

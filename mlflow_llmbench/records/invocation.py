@@ -106,6 +106,20 @@ def note_store(given: Mapping[str, str]) -> None:
         invocation.store.update(given)
 
 
+def already_recorded() -> str:
+    """Return what to do about a refused secret under `mlflow run`, which has recorded it; "" elsewhere.
+
+    MLflow logs the parameters of a project before it starts the program.
+    """
+    run_id = os.environ.get("MLFLOW_RUN_ID") if (_current.get() or Invocation()).project else None
+    if not run_id:
+        return ""
+    return (
+        f" MLflow has recorded it with the run {run_id}: change the secret, and remove the run by "
+        f"`mlflow runs delete --run-id {run_id}` and `mlflow gc`."
+    )
+
+
 def note_folder(folder: Path) -> None:
     """Note that the command has begun to write results into a folder."""
     if invocation := _current.get():

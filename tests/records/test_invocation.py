@@ -11,6 +11,8 @@ import yaml
 
 from mlflow_llmbench.cli.main import COMMANDS, parse
 from mlflow_llmbench.cli.options import entry_points, store_options
+from mlflow_llmbench.config.spec import parse as parse_parameters
+from mlflow_llmbench.records.errors import UsageError
 from mlflow_llmbench.records.invocation import (
     MODULE,
     PROGRAM,
@@ -75,6 +77,24 @@ def test_mlflow_run_is_recognised_by_its_run(monkeypatch: pytest.MonkeyPatch) ->
     assert invocation_of(PROGRAM, ENTRY_POINTS).project is None
     Path("MLproject").unlink()
     assert invocation_of(MODULE, ENTRY_POINTS).project is None  # a run that the user gave to a command
+
+
+@pytest.mark.parametrize(
+    "given", [{"headers": {"X-Key": "hunter2"}, "url": "http://h"}, {"launch": "serve --api-key hunter2 --port {port}"}]
+)
+def test_a_secret_that_mlflow_has_recorded_is_told_with_its_run(
+    given: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_RUN_ID", "a" * 32)
+    with called_as(Invocation(MODULE, "/a project", ENTRY_POINTS)), pytest.raises(UsageError) as told:
+        parse_parameters({"model": "m", "backend": "openai", **given})
+    assert str(told.value).endswith(
+        f" MLflow has recorded it with the run {'a' * 32}: change the secret, and remove the run by "
+        f"`mlflow runs delete --run-id {'a' * 32}` and `mlflow gc`."
+    )
+    with called_as(Invocation(PROGRAM, None, ENTRY_POINTS)), pytest.raises(UsageError) as told:
+        parse_parameters({"model": "m", "backend": "openai", **given})
+    assert "MLflow" not in str(told.value) and "hunter2" not in str(told.value)
 
 
 def test_the_entry_points_are_those_of_the_project() -> None:
