@@ -173,6 +173,7 @@ def write_study(found: Findings, folder: Path) -> list[Path]:
         figures.missing,
     )
     write_json(home / "study.json", study_reports.study_json(found, figures.missing))
-    write_text(home / "report.md", study_reports.study_markdown(found, drawn))
-    write_text(home / "report.html", study_page(found, drawn))
+    told = study_reports.sections(found, drawn)
+    write_text(home / "report.md", study_reports.study_markdown(found, told))
+    write_text(home / "report.html", study_page(found, told))
     return [*scaled, *figures.files, home / "study.json", home / "report.md", home / "report.html"]

@@ -288,10 +288,10 @@ def _across_table(found: Findings) -> Table:
     )
 
 
-def study_markdown(found: Findings, drawn: Drawn) -> str:
-    """Return report.md."""
+def study_markdown(found: Findings, told: Sequence[Section]) -> str:
+    """Return report.md, whose `sections` are in `told`."""
     parts = [f"# {markdown(found.title)}", f"**{markdown(headline(found))}**"]
-    for one in sections(found, drawn):
+    for one in told:
         parts.append(f"## {one.title}")
         parts += [markdown(one.lead)] if one.lead else []
         parts += [_markdown(one.table, one.verdicts)] if one.table else []
@@ -316,13 +316,13 @@ VERDICT_CLASS = {CONFIRMED: "valid", NOT_CONFIRMED: "failed", UNSAID: ""}
 """Verdict on a claim → CSS class of its badge."""
 
 
-def study_page(found: Findings, drawn: Drawn) -> str:
-    """Return report.html, which has no script and makes no request."""
+def study_page(found: Findings, told: Sequence[Section]) -> str:
+    """Return report.html, whose `sections` are in `told`. It has no script and makes no request."""
     return page(
         "study.html.j2",
         title=found.title,
         headline=headline(found),
-        sections=sections(found, drawn),
+        sections=told,
         verdict_classes=VERDICT_CLASS,
     )
 
