@@ -98,7 +98,7 @@ def _draw_panel(axes: Any, plan: QuantPlan, blocks: Sequence[tuple[int, Block]])
             zorder=3,
         )
     axes.xaxis.get_major_locator().set_params(integer=True)
-    plain_numbers(axes)
+    plain_numbers(axes.yaxis)
 
 
 def _legend(plan: QuantPlan) -> list[Any]:
