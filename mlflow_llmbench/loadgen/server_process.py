@@ -50,6 +50,11 @@ KEEPER = tuple(module_command(sys.executable, "mlflow_llmbench.loadgen.server_pr
 """Command that starts a keeper."""
 
 
+def find_program(program: str) -> str | None:
+    """Return the path of a program from PATH, or beside the running interpreter; None if there is none."""
+    return shutil.which(program) or shutil.which(program, path=os.path.dirname(sys.executable))
+
+
 def require_program(program: str) -> str:
     """Return the path of a program from PATH, or beside the running interpreter.
 
@@ -57,7 +62,7 @@ def require_program(program: str) -> str:
     """
     if os.name != "posix":
         raise MissingError("launch needs a POSIX system. Start the server yourself, and give url.")
-    found = shutil.which(program) or shutil.which(program, path=os.path.dirname(sys.executable))
+    found = find_program(program)
     if found is None:
         raise UsageError(
             f"launch begins with a program that was not found: {excerpt(program, 100)}. Install it, or give its path."

@@ -67,10 +67,6 @@ class DeploymentRecord:
         """The server that answers."""
         return self.servers[0]
 
-    def folder(self, server: DeployedServer) -> Path:
-        """Return the folder of a server: its model and its log."""
-        return folder_of(self.name) / server.mark
-
 
 def state_folder() -> Path:
     """Return the folder of all deployments: `$XDG_STATE_HOME/mlflow-llmbench/deployments`, or in ~/.local/state."""
@@ -86,6 +82,11 @@ def folder_of(name: str) -> Path:
             "support-bot."
         )
     return state_folder() / name
+
+
+def server_folder(name: str, mark: str) -> Path:
+    """Return the folder of a server of a deployment: its model and its log."""
+    return folder_of(name) / mark
 
 
 def names() -> list[str]:
@@ -132,7 +133,7 @@ def write(record: DeploymentRecord) -> None:
 
 def remove(name: str, server: DeployedServer | None = None) -> None:
     """Remove what is on the disk of a server of a deployment, or of the whole deployment."""
-    shutil.rmtree(folder_of(name) / server.mark if server else folder_of(name), ignore_errors=True)
+    shutil.rmtree(server_folder(name, server.mark) if server else folder_of(name), ignore_errors=True)
 
 
 @contextlib.contextmanager

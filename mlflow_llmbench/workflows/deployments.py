@@ -23,7 +23,7 @@ from typing import Any
 
 from ..analysis.decisions.export import export
 from ..loadgen import detached_server
-from ..loadgen.server_process import SECRETS, free_port, log_end
+from ..loadgen.server_process import SECRETS, find_program, free_port, log_end
 from ..records.errors import MeasurementError, MissingError, UsageError
 from ..records.invocation import DEPLOYMENT
 from ..records.redaction import excerpt, worker_environment
@@ -213,7 +213,7 @@ def status(server: DeployedServer) -> str:
 
 def describe(record: DeploymentRecord) -> dict[str, Any]:
     """Return what is known of a deployment: version, address, health, memory, time since its start, end of its log."""
-    server, log = record.current, record.folder(record.current) / LOG
+    server, log = record.current, deployment_state.server_folder(record.name, record.current.mark) / LOG
     held = detached_server.held_memory(server.keeper) if server.runs and server.keeper else None
     return {
         **summary(record),
@@ -322,7 +322,7 @@ def _start(
     mark = secrets.token_hex(8)
     port = free_port() if settings["port"] == "auto" else _free(settings["host"], int(settings["port"]))
     host = settings["host"] if settings["host"] not in ("0.0.0.0", "::") else "127.0.0.1"
-    folder = deployment_state.folder_of(name) / mark
+    folder = deployment_state.server_folder(name, mark)
     server = DeployedServer(
         version=prepared.uri,
         engine=settings["server"],
@@ -365,7 +365,7 @@ def _free(host: str, port: int) -> int:
 
 def _run(name: str, server: DeployedServer) -> DeployedServer:
     """Begin the process of a server, and return the server with its keeper."""
-    folder = deployment_state.folder_of(name) / server.mark
+    folder = deployment_state.server_folder(name, server.mark)
     keeper = detached_server.start(server.command, folder, folder / LOG, _environment(server), server.mark)
     return dataclasses.replace(server, keeper=keeper, boot=boot_id(), begun_s=time.time())
 
@@ -380,17 +380,13 @@ def _command(prepared: ServableVersion, settings: Mapping[str, str], model: Path
     text = export(prepared.config, prepared.requirements, uri=prepared.uri, target=settings["server"])
     lines = [line.removesuffix("\\") for line in text.splitlines() if not line.startswith("#")]
     words = shlex.split(" ".join(lines))
-    program = sys.executable if words[0] == "python" else _found(words[0])
+    program = sys.executable if words[0] == "python" else find_program(words[0])
     if program is None:
         raise MissingError(
             f"server={settings['server']} needs the program {words[0]}, which was not found. Install it, or leave "
             "server out."
         )
     return (program, *words[1:], *where)
-
-
-def _found(program: str) -> str | None:
-    return shutil.which(program) or shutil.which(program, path=os.path.dirname(sys.executable))
 
 
 def _threads(prepared: ServableVersion) -> int | None:
@@ -410,7 +406,7 @@ def _environment(server: DeployedServer) -> dict[str, str]:
 
 def _wait(name: str, server: DeployedServer) -> None:
     """Wait until a server is healthy and has loaded its model. Raises MeasurementError if it ends or takes too long."""
-    log = deployment_state.folder_of(name) / server.mark / LOG
+    log = deployment_state.server_folder(name, server.mark) / LOG
     seconds = float(server.settings["timeout_s"])
     deadline = time.monotonic() + seconds
     while True:
