@@ -17,6 +17,9 @@ It speaks HTTP/1.1 as OpenAI-compatible servers do: /v1/completions and /v1/chat
     eos=ignorable|always     honour ignore_eos or not (default ignorable)
     cached                   prompt tokens that usage reports as cached (default: not reported)
     hits                     prompt tokens that /metrics counts as found in the prefix cache (default 0)
+    cache=told|metrics       a prefix cache without limits, by words; usage reports its hits too, or only /metrics does
+    drafted, accepted        tokens that speculative decoding proposed and accepted for each answer, 4 to a draft
+    timings=1                tell these in the last event, as llama.cpp does, and not in /metrics
     prompt_extra             tokens that usage counts beyond the words of the prompt (default 0)
     prompt_words             tokens that usage counts per word of the prompt (default 1)
     usage=last|each|none     in an event of its own at the end, in each event, or never (default last, if asked for)
@@ -63,10 +66,11 @@ NUMBERS = {
     "ttft_ms": 5.0, "itl_ms": 2.0, "stall_ms": 0.0, "stall_at": 0.0, "per_chunk": 1.0, "per_write": 1.0,
     "reasoning": 0.0, "stop_after": 1e9, "cached": -1.0, "hits": 0.0, "prompt_extra": 0.0, "prompt_words": 1.0,
     "done": 1.0, "comments": 0.0, "keep": 1.0, "split": 0.0, "slots": 1e9, "status": 0.0, "error_at": 0.0,
+    "drafted": 0.0, "accepted": 0.0, "timings": 0.0,
     "noise": 0.0, "tell": 1.0, "bad_at": 0.0, "cut_at": 0.0, "cut_byte": -1.0, "stale": 0.0, "refuse": 0.0, "hang": 0.0,
 }  # fmt: skip
 WORDS = {"gaps_ms": "", "eos": "ignorable", "usage": "last", "eol": "lf", "framing": "chunked", "flood": "", "odd": "",
-         "field": "reasoning_content", "quiet": "", "refuses": ""}  # fmt: skip
+         "field": "reasoning_content", "quiet": "", "refuses": "", "cache": ""}  # fmt: skip
 NOISE = ("null", "", "{}", '{"choices": null}', '{"choices": []}', '{"object": "ping"}', '{"choices": [null]}')
 PARTS: dict[str, Any] = {
     "parts": lambda text: {"content": [{"type": "thinking", "thinking": [{"type": "text", "text": text}]}]},
@@ -114,8 +118,9 @@ class Answer:
         self.tokens = int(min(asked, script["stop_after"])) if stopped else asked
         self.finish = "stop" if stopped else "length"
         prompt = body.get("prompt") if not chat else " ".join(str(m["content"]) for m in body["messages"])
-        words = len(prompt) if isinstance(prompt, list) else len(str(prompt).split())
-        self.prompt_tokens = int(words * script["prompt_words"]) + int(script["prompt_extra"])
+        self.words = prompt if isinstance(prompt, list) else str(prompt).split()
+        self.prompt_tokens = int(len(self.words) * script["prompt_words"]) + int(script["prompt_extra"])
+        self.cached = int(script["cached"])  # below 0: not reported
 
     def usage(self, tokens: int) -> dict[str, Any]:
         found: dict[str, Any] = {
@@ -123,8 +128,8 @@ class Answer:
             "completion_tokens": tokens,
             "total_tokens": self.prompt_tokens + tokens,
         }
-        if self.script["cached"] >= 0:
-            found["prompt_tokens_details"] = {"cached_tokens": int(self.script["cached"])}
+        if self.cached >= 0:
+            found["prompt_tokens_details"] = {"cached_tokens": self.cached}
         return found
 
     def event(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> str:
@@ -166,6 +171,9 @@ class Answer:
             )
         if self.script.words["usage"] == "last" and (self.body.get("stream_options") or {}).get("include_usage"):
             found.append(self.event([], self.usage(self.tokens + (self.finish == "stop"))))
+        if self.script["timings"]:
+            told = {"draft_n": int(self.script["drafted"]), "draft_n_accepted": int(self.script["accepted"])}
+            found.append(json.dumps({"choices": [], "timings": told}))
         return found + (["[DONE]"] if self.script["done"] else [])
 
 
@@ -177,7 +185,17 @@ class Server:
         self.waiting: list[asyncio.Future[None]] = []
         self.open: set[asyncio.Task[None]] = set()
         self.waits_s: list[float] = []
-        self.looked_up = self.found = 0
+        self.looked_up = self.found = self.drafted = self.accepted = 0
+        self.prompts: dict[str, Any] = {}  # a tree of the words of all prompts
+
+    def cache(self, words: list[str]) -> int:
+        """Return how many words an earlier prompt began with too, and keep this one."""
+        node, found, known = self.prompts, 0, True
+        for word in words:
+            known = known and word in node
+            found += known
+            node = node.setdefault(word, {})
+        return found
 
     def metrics(self) -> str:
         """Return what vLLM reports under these names, for two engines, the second of which is idle."""
@@ -196,10 +214,17 @@ class Server:
                 f'vllm:request_queue_time_seconds_bucket{{le="0.1"}} {len(self.waits_s)}',
                 f"vllm:request_queue_time_seconds_sum {sum(self.waits_s)}",
                 f"vllm:request_queue_time_seconds_count {len(self.waits_s)}",
+                *self.speculation(),
                 "process_open_fds 12.0",
                 "",
             ]
         )
+
+    def speculation(self) -> list[str]:
+        names = {"drafts": self.drafted / 4, "draft_tokens": self.drafted, "accepted_tokens": self.accepted}
+        return [
+            f'vllm:spec_decode_num_{name}_total{{engine="0"}} {value}' for name, value in names.items() if self.drafted
+        ]
 
 
 class Connection(asyncio.Protocol):
@@ -328,7 +353,13 @@ class Connection(asyncio.Protocol):
             return
         self.server.waits_s.append((time.perf_counter_ns() - entry["received_ns"]) / 1e9)
         self.server.looked_up += answer.prompt_tokens
-        self.server.found += int(script["hits"])
+        hits = self.server.cache(answer.words) if script.words["cache"] else int(script["hits"])
+        self.server.found += hits
+        if script.words["cache"] == "told":
+            answer.cached = hits
+        if not script["timings"]:
+            self.server.drafted += int(script["drafted"])
+            self.server.accepted += int(script["accepted"])
         try:
             await self.stream(now, script, answer, entry)
         finally:

@@ -50,7 +50,6 @@ from ..records.metrics import (
     SATURATION_RATE,
     SEND_DELAY,
     SENT_PROMPT_TOKENS,
-    SERVER,
     SKIPPED_EVENTS,
     STAMP_LAG,
     STEADY_ITL,
@@ -62,11 +61,11 @@ from ..records.metrics import (
     WITHOUT_TPOT,
 )
 from ..records.results import CONTENT, REASONING, EngineReadings, Repetition, RequestRecord, RunResult
-from ..records.server_names import SERVER_COUNTERS, SERVER_GAUGES, SERVER_RATIOS, SERVER_TIMES
 from .figures import Figures, distribution, mean_of
 from .latency import chunk_gaps_ms, e2e_ms, gaps_ms, send_delay_ms, tpot_ms, ttft_ms, visible_ms
 from .overload import overload_of
 from .repetitions import one_token_per_chunk, requests, span_s
+from .server_figures import SERVER_FAMILIES
 
 
 def online_figures(result: RunResult) -> Figures:
@@ -320,41 +319,6 @@ def _in_flight(result: RunResult) -> Figures:
     return {IN_FLIGHT.key("mean"): mean_of(means), IN_FLIGHT.key("max"): float(most)}
 
 
-def _server(result: RunResult) -> Figures:
-    """The server's own metrics, under its own names: gauges while a load ran, growth of counters, means of histograms.
-
-    If a counter went back, the server was restarted and the growth is unknown.
-    """
-    found: Figures = {}
-    repetitions = result.repetitions
-    during = [
-        reading.values
-        for one in repetitions
-        if one.client
-        for reading in one.server
-        if one.client.started_ns < reading.t_ns < one.client.ended_ns
-    ]
-    for name in (*SERVER_GAUGES, *SERVER_RATIOS):
-        values = [reading[name] for reading in during if name in reading]
-        found |= {SERVER[name].key("mean"): fmean(values), SERVER[name].key("max"): max(values)} if values else {}
-    for name in SERVER_COUNTERS:
-        found[SERVER[name].key()] = _growth_of(name, repetitions)
-    for name in SERVER_TIMES:
-        seconds, count = _growth_of(f"{name}_sum", repetitions), _growth_of(f"{name}_count", repetitions)
-        found[SERVER[name].key("mean")] = seconds / count if seconds is not None and count else None
-    return found
-
-
-def _growth_of(name: str, repetitions: Sequence[Repetition]) -> float | None:
-    """Growth of a counter from before to after the loads; None unless every repetition has both and none went back."""
-    grown = [
-        one.server[-1].values[name] - one.server[0].values[name]
-        for one in repetitions
-        if len(one.server) > 1 and all(name in r.values for r in one.server)
-    ]
-    return sum(grown) if len(grown) == len(repetitions) and min(grown) >= 0 else None
-
-
 def _worst(each: Sequence[Figures]) -> Figures:
     """Largest value of each metric over the client processes: a late one must not be hidden by others."""
     return {
@@ -403,6 +367,6 @@ ONLINE: tuple[Callable[[RunResult], Figures], ...] = (
     _errors,
     _in_flight,
     _client,
-    _server,
+    *SERVER_FAMILIES,
 )
 """Families of metrics of a result under request load."""

@@ -10,6 +10,7 @@ from ..records.metrics import (
     ACHIEVED_RATE,
     CACHED_PROMPT,
     CLIENT_CPU,
+    IDEAL_HITS,
     LOOP_LAG,
     SEND_DELAY,
     SENT_PROMPT_TOKENS,
@@ -134,18 +135,21 @@ def lengths(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
 
 
 def caches(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
-    """Check for prompt tokens that the server took from its prefix cache."""
+    """Check for prompt tokens that the server took from its prefix cache though no request of the load shares them."""
     share = metrics.get(CACHED_PROMPT.key())
     for hits, queries in PREFIX_CACHES if share is None else ():
         if asked := metrics.get(SERVER[queries].key()):
             share = metrics.get(SERVER[hits].key(), 0.0) / asked
     if result.cell.history == "sent":  # a later turn finds the earlier ones in the cache, as in real use
         share = cached_share([r for r in requests(result) if r.turn == 1])
-    if share is not None and share > CACHED_LIMIT:
+    shared = metrics.get(IDEAL_HITS.key(), 0.0)
+    if share is not None and share > shared + CACHED_LIMIT:
+        told = f" and requests share {shared:.1%} with earlier ones" if shared else ""
         yield Reason(
             "prefix_cache_hits",
-            f"{share:.1%} of the prompt tokens came from the server's prefix cache (limit {CACHED_LIMIT:.0%}): first "
-            "tokens came sooner than with new prompts. Use another seed, or switch the cache off.",
+            f"{share:.1%} of the prompt tokens came from the server's prefix cache{told} (limit "
+            f"{shared + CACHED_LIMIT:.0%}): first tokens came sooner than with new prompts. Use another seed, or "
+            "switch the cache off.",
         )
 
 

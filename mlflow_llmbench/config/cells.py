@@ -39,7 +39,7 @@ NOT_IN_IDENTITY = (
 
 LATER = (
     *DEPENDS_ON, "kv_cache", "tensor_parallel", "temperature", "ignore_eos", "thinking", "max_tokens_field",
-    "extra_body", "headers", "proxy",
+    "extra_body", "headers", "proxy", "prefix_tokens", "prefix_count",
 )  # fmt: skip
 """Parameters that older identities lack, so they are left out of an identity at their defaults."""
 
@@ -91,7 +91,8 @@ def _idle(cell: Cell) -> set[str]:
     """Return the parameters without meaning for a cell: of another backend, quantization, or value of a setting."""
     others = {name for name, (parameter, values) in DEPENDS_ON.items() if getattr(cell, parameter) not in values}
     foreign = {*BACKEND_SPECIFIC} - {*capabilities_of(cell.backend).parameters}
-    return others | foreign | {*(MIXED_PARAMETERS if cell.quant != MIXED else ())}
+    without_prefix = {"prefix_count"} if cell.prefix_tokens is None else set()
+    return others | foreign | without_prefix | {*(MIXED_PARAMETERS if cell.quant != MIXED else ())}
 
 
 def without_server(cell: Cell) -> Cell:

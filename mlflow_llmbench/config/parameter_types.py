@@ -214,6 +214,12 @@ class OnlineParameters(SharedParameters, total=False):
     """command that starts the server, with {port} and, where it needs them, {model} and {quant}; separate several by '
     ; '"""
 
+    prefix_tokens: int | str | Sequence[int | str] | None
+    """beginning of each prompt that a group of requests shares, such as a system prompt; part of prompt_tokens"""
+
+    prefix_count: int | str | Sequence[int | str]
+    """different prefixes of prefix_tokens, each for one group of requests"""
+
     endpoint: Literal["completions", "chat"]
     """completions (/v1/completions) or chat (/v1/chat/completions)"""
 
@@ -256,7 +262,8 @@ class OnlineParameters(SharedParameters, total=False):
     """open loop: final rate; it rises evenly from request_rate over each repetition"""
 
     trace: str | PathLike[str] | None
-    """open loop of recorded requests: JSON Lines file of timestamp (ms), input_length, output_length"""
+    """open loop of recorded requests: JSON Lines file of timestamp (ms), input_length, output_length, and where prompts
+    share blocks of 512 tokens hash_ids, as Mooncake's traces"""
 
     client_processes: int | Literal["auto"]
     """processes that send requests and time answers; auto = each uses less than half its core, and the server keeps one

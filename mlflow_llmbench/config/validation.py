@@ -138,6 +138,7 @@ def _check_online(axes: Mapping[str, tuple[object, ...]]) -> None:
     _check_launch(axes)
     _check_load(axes)
     _check_conversations(axes)
+    _check_prefixes(axes)
     _check_trace(axes)
 
 
@@ -240,6 +241,7 @@ def check_offline_baseline(axes: Mapping[str, tuple[object, ...]]) -> None:
         "history": ("none",),
         "endpoint": ("completions",),
         "duration_s": (None,),
+        "prefix_tokens": (None,),
     }
     if axes["ignore_eos"] == ("false",):
         raise UsageError(
@@ -309,15 +311,35 @@ def _check_conversations(axes: Mapping[str, tuple[object, ...]]) -> None:
         )
 
 
+def _check_prefixes(axes: Mapping[str, tuple[object, ...]]) -> None:
+    """Refuse prefixes that are no part of a prompt, and where another parameter says what prompts share."""
+    prefixes = [int(str(tokens)) for tokens in axes["prefix_tokens"] if tokens is not None]
+    if not prefixes:
+        if axes["prefix_count"] != (PARAMETERS["prefix_count"].default,):
+            raise UsageError("prefix_count is a number of prefixes, and none has tokens. Give prefix_tokens.")
+        return
+    if axes["history"] != ("none",):
+        raise UsageError(
+            "prefix_tokens is for single requests, and each turn of history=sent begins with all that was said before. "
+            "Leave one of them out."
+        )
+    lengths = [int(str(tokens)) for tokens in axes["prompt_tokens"] if tokens is not None]
+    if lengths and max(prefixes) >= min(lengths):
+        raise UsageError(
+            f"prefix_tokens is the part of a prompt that requests share, and prefix_tokens={max(prefixes)} is not less "
+            f"than prompt_tokens={min(lengths)}. Give a smaller prefix, or longer prompts."
+        )
+
+
 def _check_trace(axes: Mapping[str, tuple[object, ...]]) -> None:
     """Refuse times and lengths beside a trace, which has its own."""
     if axes["trace"] == (None,):
         return
-    replaced = ("request_rate", "ramp_to", "concurrency", "arrival", "burstiness", *LENGTHS)
+    replaced = ("request_rate", "ramp_to", "concurrency", "arrival", "burstiness", *LENGTHS, "prefix_tokens")
     given = [name for name in replaced if axes[name] != (PARAMETERS[name].default,)]
     if given:
         raise UsageError(
-            f"A trace says when requests come and how long they are, and {given[0]} is given too. "
+            f"A trace says when requests come, how long they are and what they share, and {given[0]} is given too. "
             "Leave one of them out."
         )
     if "mixed" in axes["workload"]:

@@ -64,6 +64,13 @@ class Cell:
     workload: str = Parameter(
         "synthetic", "synthetic (seeded ids), mixed (seeded ids of varying lengths), qa, summarization, creative, "
         "code, chat, domain, or a JSONL file", "workload", "workload", metavar="NAME|FILE", sweep=True).field()
+    prefix_tokens: int | None = Parameter(
+        None, "beginning of each prompt that a group of requests shares, such as a system prompt; part of "
+        "prompt_tokens", "count", "workload", metavar="TOKENS", sweep=True, unset="none", high=1_000_000,
+        scenarios="online", only_with="trace=none").field()
+    prefix_count: int = Parameter(
+        1, "different prefixes of prefix_tokens, each for one group of requests", "count", "workload",
+        metavar="PREFIXES", sweep=True, high=100_000, scenarios="online", only_with="prefix_tokens").field()
     history: str = Parameter(
         "none", "conversations: none (each is one prompt), or turn by turn with the history recomputed, kept (in "
         "the KV cache) or sent (to a server)", "history", "workload", sweep=True).field()
@@ -173,7 +180,8 @@ class Cell:
         None, "open loop: final rate; it rises evenly from request_rate over each repetition", "number", "workload",
         metavar="PER_S", unset="none", low=0.001, scenarios="online", only_with="request_rate").field()
     trace: str | None = Parameter(
-        None, "open loop of recorded requests: JSON Lines file of timestamp (ms), input_length, output_length", "trace",
+        None, "open loop of recorded requests: JSON Lines file of timestamp (ms), input_length, output_length, and "
+        "where prompts share blocks of 512 tokens hash_ids, as Mooncake's traces", "trace",
         "workload", unset="none", scenarios="online").field()
     arrival: str = Parameter(
         "poisson", "open loop: distribution of the gaps between requests", "arrival", "workload",

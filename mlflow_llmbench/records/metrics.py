@@ -52,6 +52,8 @@ SECTIONS = {
     "twin": "a server compared with the same model without it",
     "errors": "failed requests",
     "lengths": "lengths that were sent and generated",
+    "prefix_cache": "beginnings of prompts that requests share",
+    "speculation": "speculative decoding, as the server tells it",
     "in_flight": "unfinished requests",
     "client": "the load client itself",
     "server": "the server's own metrics, under its own names",
@@ -328,6 +330,21 @@ TOKENS_PER_STEP = Metric(
     "", ("mean",), "higher", "output tokens per step", "tokens/step", places=(Column(70, "mean"), Line(60, "mean")))
 CACHED_PROMPT = Metric("lengths", "cached_prompt_ratio",
                        "share of prompt tokens from the server's prefix cache, where it reports them", RATIO)
+IDEAL_HITS = Metric(
+    "prefix_cache", "ideal_hit_ratio",
+    "share of prompt tokens with which an earlier request of the repetition began too (prefix_tokens, hash_ids of a "
+    "trace): the hits of a cache without limits, empty at first", RATIO, ("",), "",
+    "prompt tokens shared with earlier requests", places=(Line(115, unit="%", scale=100),))
+SERVER_HITS = Metric(
+    "prefix_cache", "server_hit_ratio",
+    "share of prompt tokens found in the server's prefix cache, by the counters of its /metrics; absent without them",
+    RATIO, ("",), "", "found in the server's prefix cache", places=(Line(116, unit="%", scale=100),))
+ACCEPTANCE = Metric(
+    "speculation", "acceptance_ratio", "accepted ÷ proposed tokens, as the server tells; absent if it tells none",
+    RATIO, ("",), "higher", "proposed tokens accepted", places=(Line(65, unit="%", scale=100),))
+ACCEPTED_LENGTH = Metric(
+    "speculation", "tokens_per_draft", "1 + accepted tokens ÷ drafts: tokens that a step with a draft brings",
+    "", better="higher")
 IN_FLIGHT = Metric("in_flight", "requests", "unfinished requests, over the time of a repetition", "", ("mean", "max"))
 
 CLIENT_PROCESSES = Metric("client", "processes", "client processes that sent the load")

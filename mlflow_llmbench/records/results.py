@@ -92,7 +92,9 @@ class RequestRecord:
     recomputed, from the server's prefix cache or the kept history of a conversation · `asked`: requested prompt and
     output tokens, if they differ between requests · `conversation`, `turn` (from 1): position in a conversation with a
     server · `channels`: output tokens (chunks, if their sizes are not known) by channel, if not all are of the answer
-    itself · `skipped`: events of the stream without choices and counts, such as keep-alives.
+    itself · `skipped`: events of the stream without choices and counts, such as keep-alives · `shared_tokens`: tokens
+    at the beginning of the prompt that an earlier request of the repetition had too, if the load says what it shares ·
+    `draft_tokens`, `accepted_tokens`: tokens that a server with speculative decoding says it proposed and accepted.
     """
 
     t0_ns: int
@@ -113,6 +115,9 @@ class RequestRecord:
     turn: int | None = None
     channels: dict[str, int] | None = field(default=None, metadata=OMITTED)
     skipped: int | None = field(default=None, metadata=OMITTED)
+    shared_tokens: int | None = field(default=None, metadata=OMITTED)
+    draft_tokens: int | None = field(default=None, metadata=OMITTED)
+    accepted_tokens: int | None = field(default=None, metadata=OMITTED)
 
     @property
     def prefilled_tokens(self) -> int | None:

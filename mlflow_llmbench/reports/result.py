@@ -191,6 +191,9 @@ def summary_markdown(result: RunResult, metrics: Metrics, verdict: Verdict | Non
         if cell.trace
         else f"{as_text('prompt_tokens', cell.prompt_tokens)} + {cell.output_tokens} tokens"
     )
+    if cell.prefix_tokens and not cell.trace:
+        groups = f"{cell.prefix_count} groups" if cell.prefix_count > 1 else "all"
+        length += f", the first {cell.prefix_tokens} shared by {groups}"
     what = f"**{markdown(cell.model)}** · {markdown(_load(cell))} · {length}"
     cpu, gpu = result.environment.get("cpu", {}).get("name", "unknown CPU"), gpu_of(result)
     where = markdown(f"{gpu['name']} ({cpu})" if gpu else cpu)

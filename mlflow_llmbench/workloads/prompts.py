@@ -17,6 +17,7 @@ from ..records.errors import UsageError
 from ..records.reading import Unreadable
 from ..records.redaction import redact
 from ..records.results import hash16
+from .sharing import parts_of, shares_prefixes
 from .traces import read_trace
 
 Encode = Callable[[str], Sequence[int]]
@@ -129,17 +130,23 @@ class PromptSet:
             return list(encode(self.texts[number % len(self.texts)])), output_tokens
         return self._text_row(prompt_tokens, number, encode), output_tokens
 
-    def words(self, cell: Cell, repetition: int, number: int, count: int, unique: str = "") -> str:
+    def words(
+        self, cell: Cell, repetition: int, number: int, count: int, unique: str = "", tokens_per_word: float = 1.0
+    ) -> str:
         """Prompt of one request to a server: `count` words drawn from the seed, or the text of a workload.
 
-        `unique` seeds the first words, so that no cache of an earlier run can hold the beginning of the prompt.
+        It begins with the words that it shares with other requests. `unique` seeds these, or without them the first
+        words, so that no cache of an earlier run can hold the beginning of the prompt.
         """
-        draw = random.Random(f"{cell.seed}/{repetition}/{number}")
-        first = random.Random(f"{unique}/{repetition}/{number}").choices(WORDS, k=min(8, count)) if unique else []
-        if not self.texts:
-            return " ".join([*first, *draw.choices(WORDS, k=count - len(first))])
-        if cell.prompt_tokens is None:
+        first = shared_words(cell, repetition, number, unique, tokens_per_word)
+        if unique and not first:
+            first = random.Random(f"{unique}/{repetition}/{number}").choices(WORDS, k=8)
+        if self.texts and cell.prompt_tokens is None:
             return " ".join([*first, self.texts[number % len(self.texts)]])
+        first = first[:count]
+        if not self.texts:
+            draw = random.Random(f"{cell.seed}/{repetition}/{number}")
+            return " ".join([*first, *draw.choices(WORDS, k=count - len(first))])
         found, position = first, number
         while len(found) < count:
             found = [*found, *self.texts[position % len(self.texts)].split()]
@@ -175,7 +182,24 @@ class PromptSet:
             prompts = {"prompts": prompts, "lengths": "log-normal-1", "spread": SPREAD, "clip": CLIP, "seed": cell.seed}
         if cell.trace:
             return hash16({"prompts": prompts, "trace": read_trace(cell.trace).digest})
+        if shares_prefixes(cell):
+            prompts = {"prompts": prompts, "prefix": [cell.prefix_tokens, cell.prefix_count], "seed": cell.seed}
         return hash16({"prompts": prompts, "prompt_tokens": cell.prompt_tokens, "output_tokens": cell.output_tokens})
+
+
+def shared_words(cell: Cell, repetition: int, number: int, unique: str, tokens_per_word: float) -> list[str]:
+    """Return the words of the beginning that a request shares with others of its repetition.
+
+    The words of a part are drawn from its key, so equal parts have equal words. They end at the word whose tokens are
+    the nearest to the part's end in the prompt.
+    """
+    found: list[str] = []
+    end = 0
+    for part in parts_of(cell, number, lengths_of(cell, number)[0] or None):
+        end += part.tokens
+        draw = random.Random(f"{unique}/{cell.seed}/{repetition}/{part.key}")
+        found += draw.choices(WORDS, k=max(0, round(end / tokens_per_word) - len(found)))
+    return found
 
 
 def load_prompts(workload: str) -> PromptSet:

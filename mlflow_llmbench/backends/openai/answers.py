@@ -30,6 +30,7 @@ class _Answer:
     finish_ns: int | None = None
     finish_has_text: bool = False  # the finish reason came in a chunk with text
     done: bool = False
+    timings: dict[str, Any] = dataclasses.field(default_factory=dict)  # of llama.cpp, in the last chunk
     skipped: int = 0  # events without choices and counts: keep-alives, other objects
     fault: str = ""
     message: str = ""
@@ -68,6 +69,8 @@ def read_answer(exchange: Exchange, secrets: Sequence[str] = ()) -> RequestRecor
         turn=exchange.turn,
         channels=_channels(answer, sizes),
         skipped=answer.skipped or None,
+        draft_tokens=_count(answer.timings.get("draft_n")),
+        accepted_tokens=_count(answer.timings.get("draft_n_accepted")),
     )
 
 
@@ -175,7 +178,9 @@ def _is_error(body: object) -> bool:
 
 def _take_chunk(body: dict[str, Any], stamp: int, answer: _Answer) -> bool:
     """Read one chunk into `answer`. Return False if its choices are none."""
-    usage, choices = body.get("usage"), body.get("choices")
+    usage, choices, timings = body.get("usage"), body.get("choices"), body.get("timings")
+    if isinstance(timings, dict):
+        answer.timings = timings
     if isinstance(usage, dict):
         answer.usage = usage
     elif not choices:

@@ -29,7 +29,7 @@ from ...records.errors import MeasurementError, ModelError
 from ...records.results import LoadInfo, ModelFacts, RequestRecord, ServerReading
 from ...system.gpu import process_bytes
 from ...system.memory import HostMemory, forget_references, referenced_bytes
-from ...workloads.prompts import PromptSet, lengths_of, longest_of
+from ...workloads.prompts import PromptSet, lengths_of, lengths_vary, longest_of
 from ..base import Capabilities, DeviceMemory, Emit, NothingToFetch, Started
 from .answers import answer_of, read_answer
 from .client_processes import ClientProcesses, ClientTask, Share
@@ -246,7 +246,18 @@ class OpenAIBackend(NothingToFetch):
         """Build request `number` of a repetition (negative: warm-up), as near to the wanted length as words allow."""
         prompt_tokens, output_tokens = lengths_of(cell, number)
         words = max(1, round((prompt_tokens - self.fixed_tokens) / self.tokens_per_word))
-        return self.body(prompts.words(cell, repetition, number, words, self.prompt_prefix), output_tokens, number)
+        self._require_own_words(cell, words)
+        text = prompts.words(cell, repetition, number, words, self.prompt_prefix, self.tokens_per_word)
+        return self.body(text, output_tokens, number)
+
+    def _require_own_words(self, cell: Cell, words: int) -> None:
+        """Raise MeasurementError if a prompt of a given length is no longer than its prefix and the template."""
+        prefix = cell.prefix_tokens
+        if prefix and cell.prompt_tokens and not lengths_vary(cell) and words <= round(prefix / self.tokens_per_word):
+            raise MeasurementError(
+                f"prompt_tokens={cell.prompt_tokens} has no room for a prefix of {prefix} tokens and words of its own: "
+                f"the server's template adds {self.fixed_tokens:.0f} tokens. Give a smaller prefix_tokens."
+            )
 
     def send(
         self,
