@@ -88,6 +88,8 @@ def test_defaults_are_those_of_the_vocabulary() -> None:
         "arrival": "poisson",
         "burstiness": "1",
         "trace": "none",
+        "prefix_tokens": "none",
+        "prefix_count": "1",
         "ramp_to": "none",
         "client_processes": "auto",
         "launch": "none",
