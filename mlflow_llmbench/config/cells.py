@@ -18,15 +18,16 @@ from .spec import BenchSpec, asked_fields, cell_fields
 
 LOADED = (
     "model", "weights", "revision", "backend", "quant", "group_size", "quant_budget", "quant_plan", "int8_threshold",
-    "double_quant", "device", "threads", "tensor_parallel", "gpu_layers", "kv_cache", "mmap", "attention", "decode",
-    "assistant", "draft_tokens", "trust_remote_code", "url", "launch", "endpoint", "worker_python", "temperature",
-    "ignore_eos", "thinking", "max_tokens_field", "extra_body", "headers", "tls_ca", "tls_cert", "tls_key", "proxy",
+    "double_quant", "prune", "device", "threads", "tensor_parallel", "gpu_layers", "kv_cache", "mmap", "attention",
+    "decode", "assistant", "draft_tokens", "trust_remote_code", "url", "launch", "endpoint", "worker_python",
+    "temperature", "ignore_eos", "thinking", "max_tokens_field", "extra_body", "headers", "tls_ca", "tls_cert",
+    "tls_key", "proxy",
 )  # fmt: skip
 """Load key: parameters that decide what is loaded, and process settings that cannot change afterwards."""
 
 WEIGHTS = (
     "model", "weights", "revision", "backend", "quant", "group_size", "quant_budget", "quant_plan", "double_quant",
-    "device", "tensor_parallel", "gpu_layers", "kv_cache", "mmap", "decode", "assistant", "url", "launch",
+    "prune", "device", "tensor_parallel", "gpu_layers", "kv_cache", "mmap", "decode", "assistant", "url", "launch",
     "worker_python",
 )  # fmt: skip
 """Parameters that decide the memory of a load; cells that share them differ only by their shape."""
@@ -38,7 +39,7 @@ NOT_IN_IDENTITY = (
 """Parameters of a cell that do not decide its result. Of an interpreter the environment counts, not its path."""
 
 LATER = (
-    *DEPENDS_ON, "kv_cache", "tensor_parallel", "temperature", "ignore_eos", "thinking", "max_tokens_field",
+    *DEPENDS_ON, "prune", "kv_cache", "tensor_parallel", "temperature", "ignore_eos", "thinking", "max_tokens_field",
     "extra_body", "headers", "proxy", "prefix_tokens", "prefix_count",
 )  # fmt: skip
 """Parameters that older identities lack, so they are left out of an identity at their defaults."""
@@ -183,7 +184,8 @@ def cell_name(cell: Cell, varied: Sequence[str] = ()) -> str:
     if not varied:
         quant = [] if cell.scenario == "online" and cell.quant == "none" else [cell.quant]
         lengths = [] if cell.trace else [_lengths_text(cell)]
-        return _named(_last_part(cell.model), [*quant, *_loads(cell), *lengths])
+        pruned = [cell.prune] if cell.prune else []
+        return _named(_last_part(cell.model), [*pruned, *quant, *_loads(cell), *lengths])
     known = cell_fields(cell)
     names = [name for name in varied if name in known and name != "model"]
     names += ["batch_size"] if "concurrency" in varied and cell.scenario == "offline" else []  # a cell that `twin` adds
@@ -198,7 +200,7 @@ def setting_text(name: str, cell: Cell) -> str:
         return load_text(cell)
     text = as_text(name, getattr(cell, name))
     text = redact(text) if name == "launch" else _last_part(text)
-    if name == "quant":
+    if name in ("quant", "prune") and text != "none":
         return text
     return f"{SHORT[name]}{text}" if name in SHORT else f"{name}={text}"
 

@@ -123,6 +123,10 @@ class RunParameters(SharedParameters, total=False):
     quant_plan: str | PathLike[str] | None
     """quant=mixed: quant_plan.json of an earlier run, in place of a budget"""
 
+    prune: str | Sequence[str] | None
+    """structured pruning before any quantization: remove a share of the layers, of each MLP's width, or of the heads
+    (layers-25%, mlp-25%, heads-50%)"""
+
     batch_size: int | str | Sequence[int | str]
     """rows in one forward pass"""
 

@@ -17,7 +17,7 @@ from ..records.errors import UsageError
 from ..records.reading import Unreadable
 from ..records.redaction import CONTROLS, excerpt
 from ..records.text import known_words
-from . import request_fields, server_command
+from . import pruning, request_fields, server_command
 from .choices import BUNDLED_TEXT, CHOICES, MIN_TEXT_TOKENS, QUALITIES, WORKLOADS
 
 
@@ -263,6 +263,7 @@ PARSERS: dict[str, Callable[[str, str, Mapping[str, Any]], object]] = {
     "scheme": lambda name, text, _: _parse_scheme(name, text),
     "launch": lambda name, text, _: server_command.check_command(_parse_text(name, text)),
     "budget": lambda name, text, _: text if read_budget(text) else None,
+    "prune": lambda name, text, _: pruning.canonical(text),
     "interpreter": lambda name, text, _: _parse_interpreter(name, text),
     "plan_file": lambda name, text, _: _parse_plan_file(name, text),
     "backend": lambda name, text, _: _parse_choice(name, text, BACKENDS if text in BACKENDS else known_backends()),

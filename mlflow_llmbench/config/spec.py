@@ -37,9 +37,9 @@ from .validation import check_cluster, check_find, check_offline_baseline, check
 
 IN_PROCESS_ONLY = (
     "weights", "revision", "backend", "group_size", "quant_budget", "quant_plan", "int8_threshold", "double_quant",
-    "batch_size", "device", "threads", "tensor_parallel", "gpu_layers", "kv_cache", "mmap", "attention", "decode",
-    "assistant", "draft_tokens", "trust_remote_code", "allow_pickle", "preset", "on", "force", "memory_limit",
-    "quality", "quality_text", "quality_reference", "worker_python", "quality_tasks", "quality_limit",
+    "prune", "batch_size", "device", "threads", "tensor_parallel", "gpu_layers", "kv_cache", "mmap", "attention",
+    "decode", "assistant", "draft_tokens", "trust_remote_code", "allow_pickle", "preset", "on", "force",
+    "memory_limit", "quality", "quality_text", "quality_reference", "worker_python", "quality_tasks", "quality_limit",
 )  # fmt: skip
 """Parameters that have no meaning if another process runs the model."""
 

@@ -57,7 +57,8 @@ def _text_order(task: Task, report: Report, environment: Mapping[str, Any] | Non
     """Return the part of the order about texts: perplexity and divergence from the reference."""
     cell, text = task.cells[0], load_text(task.options.quality_text)
     own = quality_reference.sibling(cell, task.options.quality_reference)
-    plain = cell.quant == "none" and cell.attention == "auto" and cell.kv_cache is None and cell.worker_python is None
+    plain = cell.quant == "none" and cell.attention == "auto" and cell.worker_python is None
+    plain = plain and cell.kv_cache is None and cell.prune is None
     found = quality_reference.provide(task, own, text, report, environment=environment, limits=limits)
     return QualityOrder(
         text.name,

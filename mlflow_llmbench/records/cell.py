@@ -53,6 +53,10 @@ class Cell:
     quant_plan: str | None = Parameter(
         None, "quant=mixed: quant_plan.json of an earlier run, in place of a budget", "plan_file", "quantization",
         unset="none", only_with=f"quant={MIXED}").field()
+    prune: str | None = Parameter(
+        None, "structured pruning before any quantization: remove a share of the layers, of each MLP's width, or of "
+        "the heads (layers-25%, mlp-25%, heads-50%)", "prune", "quantization", metavar="PART-SHARE%", sweep=True,
+        unset="none", scenarios="offline batching", backend_specific=True).field()
     batch_size: int = Parameter(
         1, "rows in one forward pass", "count", "workload", metavar="ROWS", sweep=True, high=4096).field()
     prompt_tokens: int | None = Parameter(

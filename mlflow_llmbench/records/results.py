@@ -38,11 +38,16 @@ class ModelFacts:
     files_bytes: int | None = None  # of the weight files
     assistant: ModelFacts | None = None  # the model that proposes tokens, with decode=assisted
     quant_plan: QuantPlan | None = None  # the one that was given
+    pruned: str | None = field(default=None, metadata=OMITTED)  # what is removed; `config` has the sizes that are left
 
     @property
     def identity(self) -> list[str]:
-        """Identity of the model, however it was named: its Hub repository, or else its name, and revision."""
-        return [self.location if self.source in ("hub", "preset") else self.name, self.revision]
+        """Identity of the model, however it was named: its Hub repository, or else its name, and revision.
+
+        What is pruned is part of the revision.
+        """
+        revision = f"{self.revision}+{self.pruned}" if self.pruned else self.revision
+        return [self.location if self.source in ("hub", "preset") else self.name, revision]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..analysis.order import repetitions_to_judge
-from ..config import model_shape
+from ..config import model_shape, pruning
 from ..records.backends import capabilities_of
 from ..records.cell import SPECULATIVE, Cell, as_text
 from ..records.metric import GB
@@ -230,7 +230,17 @@ def refusal(
     `predicted` is its predicted peak in bytes, `loading` that of the load alone, which the message names if it is the
     larger part.
     """
-    return beyond_context(cell, model) or contradiction(cell) or _beyond_memory(cell, predicted, *available, loading)
+    impossible = beyond_context(cell, model) or contradiction(cell) or _not_pruned(cell, model)
+    return impossible or _beyond_memory(cell, predicted, *available, loading)
+
+
+def _not_pruned(cell: Cell, model: ModelFacts) -> Refusal | None:
+    """Return why a model cannot be pruned as asked, or None. One that can has `pruned` set."""
+    if cell.prune is None or model.pruned:
+        return None
+    own = model.config if model.source not in ("gguf", "hub_gguf") else None
+    why = pruning.refusal(cell.model, own, cell.prune)
+    return Refusal("settings", why) if why else None
 
 
 def contradiction(cell: Cell) -> Refusal | None:

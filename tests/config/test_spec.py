@@ -26,6 +26,7 @@ def test_defaults_are_those_of_the_vocabulary() -> None:
         "group_size": "128",
         "quant_budget": "none",
         "quant_plan": "none",
+        "prune": "none",
         "int8_threshold": "6",
         "double_quant": "false",
         "kv_cache": "auto",

@@ -169,7 +169,8 @@ def _refuse(result: RunResult, evidence: Evidence) -> None:
             f"{' or '.join(served_libraries())}. Measure with one of them."
         )
     from_file = serving.engine == GGUF_FILE.engine
-    if (from_file or SCHEMES[cell.quant].makes_files) and (result.load is None or result.load.made is None):
+    is_made = from_file or cell.prune or SCHEMES[cell.quant].makes_files
+    if is_made and (result.load is None or result.load.made is None):
         raise UsageError(
             f"The run {evidence.run_id} does not say where its model files are, so it cannot be served. Measure it "
             "again."

@@ -132,7 +132,9 @@ def varied_settings(cells: Sequence[Cell]) -> list[str]:
 
 def describe(cell: Cell, names: Sequence[str]) -> str:
     """Name a cell by the given settings: `opt-125m int8 batch_size=4`. Without any, by model and quantization."""
-    short = {"model": cell.model.rstrip("/").rsplit("/", 1)[-1], "quant": cell.quant}
+    model = cell.model.rstrip("/").rsplit("/", 1)[-1]
+    short = {"model": f"{model} {cell.prune}" if cell.prune else model, "quant": cell.quant}
+    names = [name for name in names if name != "prune" or "model" not in names]  # it stands with the model
     return " ".join(short[name] if name in short else f"{name}={getattr(cell, name)}" for name in names or short)
 
 

@@ -14,7 +14,7 @@ from ..comparison import UNNAMED
 from ..repetitions import interval_over_units
 from .cells import Measured, describe, machine_names, varied_settings
 
-OF_MODEL = ("model", "revision", "weights", "backend", "trust_remote_code", "allow_pickle", "workload")
+OF_MODEL = ("model", "prune", "revision", "weights", "backend", "trust_remote_code", "allow_pickle", "workload")
 """Settings of a model: in one figure each model may have its own, and those that vary are named."""
 
 SHOWN = ("quant", "batch_size", "prompt_tokens")

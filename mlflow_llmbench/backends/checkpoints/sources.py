@@ -18,6 +18,7 @@ from ...records.invocation import command_text
 from ...records.reading import Unreadable
 from ...records.results import ModelFacts
 from ..base import LOCAL_FILES
+from ..huggingface import pruning
 from ..huggingface.quantization import checkpoint_maker_of, maker_of
 from . import architectures, files, gguf_file, hub, random_weights
 
@@ -26,10 +27,14 @@ GGUF_SOURCES = ("gguf", "hub_gguf")
 
 
 def find_model(cell: Cell) -> ModelFacts:
-    """Find the model of a cell and read its configuration, without its weights.
+    """Find the model of a cell and read its configuration, without its weights. Of a pruned one, it has the sizes left.
 
     Raises ModelError if it cannot be found or used, and UsageError if the request contradicts the model.
     """
+    return pruning.planned(cell, _find(cell))
+
+
+def _find(cell: Cell) -> ModelFacts:
     preset = models.find_preset(cell.model)
     if cell.weights == "random":
         return _random_model(cell, preset)
@@ -64,7 +69,7 @@ def find_model(cell: Cell) -> ModelFacts:
 def assistant_of(cell: Cell) -> Cell:
     """Return the cell of the assistant model that proposes tokens: unquantized, at its main branch."""
     return dataclasses.replace(
-        cell, model=cell.assistant or "", revision="main", quant="none", decode="generate", assistant=None
+        cell, model=cell.assistant or "", revision="main", quant="none", prune=None, decode="generate", assistant=None
     )
 
 
@@ -177,12 +182,17 @@ def fetch(cell: Cell, model: ModelFacts) -> None:
         hub.download_gguf(cell, model)
     elif model.source in ("hub", "preset") and not files.is_complete(hub.snapshot(model)):
         hub.download(model)
+    if model.pruned:
+        own = original_files(cell, model)
+        pruning.make(cell, model, own[0], lambda: _tokenizer(cell, *own))
     if maker := maker_of(cell):
         maker.make(cell, model, base_files(cell, model)[0], lambda: load_tokenizer(cell, model))
 
 
 def is_local(cell: Cell, model: ModelFacts) -> bool:
     """Return True if the model's files, before any quantization, are on this disk."""
+    if model.pruned:
+        return pruning.is_made(cell, model)
     if cell.weights == "random":
         preset = models.find_preset(cell.model)
         return preset is not None and random_weights.is_written(preset, cell.seed)
@@ -206,7 +216,12 @@ def local_files(cell: Cell, model: ModelFacts) -> tuple[str, str | None]:
 
 
 def base_files(cell: Cell, model: ModelFacts) -> tuple[str, str | None]:
-    """Return the same as `local_files` for the checkpoint before it is quantized. Raises ModelError."""
+    """Return the same as `local_files` for the checkpoint before it is quantized, but pruned. Raises ModelError."""
+    return (str(pruning.folder_of(cell, model)), None) if model.pruned else original_files(cell, model)
+
+
+def original_files(cell: Cell, model: ModelFacts) -> tuple[str, str | None]:
+    """Return the same as `local_files` for the model's own files. Raises ModelError."""
     if cell.weights == "random":
         preset = models.find_preset(cell.model)
         assert preset is not None  # find_model checked it

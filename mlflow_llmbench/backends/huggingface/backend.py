@@ -27,7 +27,7 @@ from ..base import CHECKPOINT, Capabilities, DeviceMemory, Emit, Token
 from ..checkpoints import files, sources
 from ..parallel import RankMemory
 from ..peak_rates import device_cache_bytes, measure_peaks
-from . import decoding, logits, mixed, quantization, recipe, sharding
+from . import decoding, logits, mixed, pruning, quantization, recipe, sharding
 from .continuous import ContinuousEngine
 from .decoding import DecodePath, History
 from .inspection import Inspection, inspect_model, touch, verify, verify_plan
@@ -56,7 +56,7 @@ class TransformersBackend:
         attentions=ATTENTIONS,
         decodes=DECODES,
         kv_caches=tuple(decoding.KV_BACKENDS),
-        parameters=("tensor_parallel",),
+        parameters=("tensor_parallel", "prune"),
         serving=CHECKPOINT,
     )
 
@@ -78,6 +78,7 @@ class TransformersBackend:
         self.rank_pids: tuple[int, ...] = ()
         self.store = ""
         self.parts: list[sharding.Part] = []
+        self.pruned: dict[str, str | int | float] = {}
 
     @classmethod
     def resolve(cls, cell: Cell) -> ModelFacts:
@@ -168,6 +169,7 @@ class TransformersBackend:
         found = inspect_model(self.model)
         verify(self.cell.quant, self.device, found)
         sharding.verify(self.cell, self.model)
+        self.pruned = pruning.facts(self.cell, self.facts) | pruning.verify(self.cell, self.facts, self.model)
         if self.plan:
             verify_plan(self.plan.modules, self.model)
         if gguf_file and self.cell.quant == "none" and not any("gguf" in name.lower() for name in found.linear_classes):
@@ -259,6 +261,7 @@ class TransformersBackend:
             **({"assistant.revision": self.facts.assistant.revision} if self.facts.assistant else {}),
             **(maker.recorded(sources.local_files(self.cell, self.facts)[0]) if maker else {}),
             **(mixed.facts(self.plan) if self.plan else {}),
+            **self.pruned,
             **training.recorded(sources.base_files(self.cell, self.facts)[0]),
         }
         costs = shape.cost_fields(compute.itemsize) if shape else {}
@@ -274,7 +277,7 @@ class TransformersBackend:
             vocab_size=int(config.vocab_size),
             mapped_weight_bytes=found.mapped_bytes,
             quant_plan=self.plan,
-            made=sources.local_files(self.cell, self.facts)[0] if maker else None,
+            made=sources.local_files(self.cell, self.facts)[0] if maker or self.facts.pruned else None,
         )
 
     # Generating

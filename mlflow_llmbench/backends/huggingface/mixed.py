@@ -14,7 +14,6 @@ import inspect
 import json
 import math
 import os
-import random
 import re
 import sys
 import time
@@ -33,7 +32,7 @@ from ...records.quantizations import FLOAT_DTYPES, MIXED, SCHEMES
 from ...records.results import ModelFacts, hash16
 from ...system import machine
 from ...workloads.prompts import load_prompts
-from . import inspection, knapsack, recipe, scoring
+from . import inspection, knapsack, passages, recipe, scoring
 from .quantization import complete
 
 if TYPE_CHECKING:
@@ -46,9 +45,6 @@ PASSAGES, PASSAGE_TOKENS, POSITIONS = 24, 64, 8
 
 Gemma's vocabulary takes 100 MB of logits.
 """
-
-CALIBRATION = ("qa", "summarization", "creative", "code", "chat", "domain")
-"""Bundled workloads from which passages are cut, except the measured one: its quality is judged on other texts."""
 
 ROWS = 8  # passages in one forward pass
 THRESHOLD = float(SCHEMES[MIXED].recipe["llm_int8_threshold"])
@@ -106,12 +102,18 @@ def read_plan(path: str, model: ModelFacts) -> QuantPlan:
         )
     # The revision of random weights is their seed, which is the same for every preset.
     other = model.revision.startswith("random-") and plan.sensitivity.model != model.name
-    if other or plan.sensitivity.revision != model.revision:
+    if other or plan.sensitivity.revision != model.identity[1]:
         raise UsageError(
-            f"The plan {path} was made for {plan.sensitivity.model} {plan.sensitivity.revision[:12]}, "
-            f"but the model is {model.name} {model.revision[:12]}. Make a plan for it with quant_budget."
+            f"The plan {path} was made for {plan.sensitivity.model} {_short(plan.sensitivity.revision)}, "
+            f"but the model is {model.name} {_short(model.identity[1])}. Make a plan for it with quant_budget."
         )
     return plan
+
+
+def _short(revision: str) -> str:
+    """Return the beginning of a revision, and all of what was pruned."""
+    commit, plus, pruned = revision.partition("+")
+    return f"{commit[:12]}{plus}{pruned}"
 
 
 def _folder(cell: Cell, model: ModelFacts) -> Path:
@@ -238,7 +240,7 @@ def _sensitivity(
             uniform[scheme] = _divergences(model, ids, reference)
     return Sensitivity(
         facts.name,
-        facts.revision,
+        facts.identity[1],
         device.partition(":")[0],
         kept,
         whole - sum(block.stored[kept] for block in blocks),
@@ -315,8 +317,11 @@ def _divergences(model: Any, ids: torch.Tensor, reference: torch.Tensor) -> tupl
 
 
 def _sets(cell: Cell) -> list[str]:
-    """Return the workloads to calibrate with; none for random weights, which have no tokenizer."""
-    return [] if cell.weights == "random" else [name for name in CALIBRATION if name != cell.workload]
+    """Return the workloads to calibrate with: not the measured one, whose texts the quality is judged on.
+
+    None for random weights, which have no tokenizer.
+    """
+    return [] if cell.weights == "random" else [name for name in passages.BUNDLED if name != cell.workload]
 
 
 def _texts(name: str, cell: Cell) -> list[str]:
@@ -330,22 +335,10 @@ def _passages(cell: Cell, vocab_size: int, tokenizer: Any) -> list[list[int]]:
 
     Without texts, they are seeded random ids.
     """
-    sets = _sets(cell)
+    sets = [_texts(name, cell) for name in _sets(cell)]
     if tokenizer is None or not sets:
-        draw = random.Random(f"mixed/{cell.seed}")
-        return [
-            [draw.randrange(min(100, vocab_size // 2), vocab_size) for _ in range(PASSAGE_TOKENS)]
-            for _ in range(PASSAGES)
-        ]
-    prefix = list(tokenizer("")["input_ids"])  # the ids that the tokenizer puts before every text
-    length = PASSAGE_TOKENS - len(prefix)
-    found: list[list[int]] = []
-    for number, name in enumerate(sets):
-        ids = list(tokenizer("\n\n".join(_texts(name, cell)))["input_ids"])[len(prefix) :]
-        count = (number + 1) * PASSAGES // len(sets) - number * PASSAGES // len(sets)
-        starts = [place * max(len(ids) - length, 0) // max(count - 1, 1) for place in range(count)]
-        found += [[*prefix, *ids[start : start + length]] for start in starts]
-    return [passage for passage in found if len(passage) == PASSAGE_TOKENS]
+        return passages.draw(f"mixed/{cell.seed}", vocab_size, PASSAGES, PASSAGE_TOKENS)
+    return passages.cut(sets, tokenizer, PASSAGES, PASSAGE_TOKENS)
 
 
 # Applying a plan

@@ -26,6 +26,7 @@ from ...workloads.prompts import turn_texts
 from .. import peak_rates
 from ..base import GGUF_FILE, Capabilities, DeviceMemory, Distribution, Emit
 from ..checkpoints import gguf_file, random_weights, sources
+from ..huggingface import pruning
 from . import gguf_quantize
 from .session import Model, Session, Timings, library, log_lines
 
@@ -58,7 +59,7 @@ class LlamaCppBackend:
         kv_caches=GGUF_CACHES,
         default_kv_cache="f16",
         preallocates=("generate",),
-        parameters=("gpu_layers", "mmap"),
+        parameters=("gpu_layers", "mmap", "prune"),
         kept_quantized=("gguf",),
         reference="transformers",
         serving=GGUF_FILE,
@@ -179,7 +180,8 @@ class LlamaCppBackend:
             cache_bytes=None if model.on_gpu else machine.last_level_cache_bytes(),
             facts=self._model_facts(model, header)
             | self._run_facts(model, kind)
-            | gguf_quantize.recorded(self.file or Path()),
+            | gguf_quantize.recorded(self.file or Path())
+            | pruning.facts(self.cell, self.facts),
             vocab_size=model.words,
             mapped_weight_bytes=self._mapped,
             made=str(self.file),

@@ -14,7 +14,7 @@ import torch
 from mlflow_llmbench import run
 from mlflow_llmbench.analysis.scaling.cells import Measured
 from mlflow_llmbench.analysis.scaling.memory_account import reductions
-from mlflow_llmbench.backends.huggingface import mixed
+from mlflow_llmbench.backends.huggingface import mixed, passages
 from mlflow_llmbench.backends.huggingface.backend import TransformersBackend
 from mlflow_llmbench.backends.huggingface.inspection import verify_plan
 from mlflow_llmbench.config.cells import config_hash, group_cells
@@ -327,7 +327,7 @@ def test_a_plan_decides_the_result_and_a_budget_no_other_quantization(tmp_path: 
 
 def test_the_text_that_is_measured_is_not_calibrated_with() -> None:
     assert "qa" not in mixed._sets(Cell(workload="qa")) and "code" in mixed._sets(Cell(workload="qa"))
-    assert mixed._sets(Cell(workload="synthetic")) == list(mixed.CALIBRATION)
+    assert mixed._sets(Cell(workload="synthetic")) == list(passages.BUNDLED)
     assert mixed._sets(Cell(weights="random")) == []
 
 
