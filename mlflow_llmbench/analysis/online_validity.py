@@ -24,6 +24,7 @@ from ..records.server_names import PREFIX_CACHES
 from .online_metrics import cached_share, steady_window
 from .overload import overload_of, still_filling
 from .repetitions import SINGLE_SHARE, TOGETHER_SHARE, requests, single_share, together_share
+from .server_figures import ideal_hits
 
 CPU_LIMIT = 0.75
 """Maximum share of its one core that the client may use (AIPerf flags its workers there)."""
@@ -140,9 +141,10 @@ def caches(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
     for hits, queries in PREFIX_CACHES if share is None else ():
         if asked := metrics.get(SERVER[queries].key()):
             share = metrics.get(SERVER[hits].key(), 0.0) / asked
-    if result.cell.history == "sent":  # a later turn finds the earlier ones in the cache, as in real use
-        share = cached_share([r for r in requests(result) if r.turn == 1])
     shared = metrics.get(IDEAL_HITS.key(), 0.0)
+    if result.cell.history == "sent":  # a later turn finds the earlier ones in the cache, as in real use
+        first = [r for r in requests(result) if r.turn == 1]
+        share, shared = cached_share(first), ideal_hits(first, result.cell) or 0.0
     if share is not None and share > shared + CACHED_LIMIT:
         told = f" and requests share {shared:.1%} with earlier ones" if shared else ""
         yield Reason(

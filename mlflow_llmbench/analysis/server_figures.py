@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
+from ..records.cell import Cell
 from ..records.metrics import ACCEPTANCE, ACCEPTED_LENGTH, IDEAL_HITS, SERVER, SERVER_HITS
-from ..records.results import Repetition, RunResult
+from ..records.results import Repetition, RequestRecord, RunResult
 from ..records.server_names import (
     ACCEPTED_TOKENS,
     COMPUTED_PROMPTS,
@@ -65,14 +66,14 @@ def _growth_of(name: str, repetitions: Sequence[Repetition]) -> float | None:
 
 def _prefix_cache(result: RunResult) -> Figures:
     """Hits of the server's prefix cache by its own counters, and those of a cache without limits."""
-    return {IDEAL_HITS.key(): _ideal_hits(result), SERVER_HITS.key(): _server_hits(result)}
+    return {IDEAL_HITS.key(): ideal_hits(requests(result), result.cell), SERVER_HITS.key(): _server_hits(result)}
 
 
-def _ideal_hits(result: RunResult) -> float | None:
-    """Share of the prompt tokens that earlier requests of the repetition began with; None if the load shares none."""
+def ideal_hits(some: Sequence[RequestRecord], cell: Cell) -> float | None:
+    """Share of the prompt tokens that earlier requests of the repetition began with; None if it is not known."""
     shared = prompts = 0
-    for request in requests(result):
-        length = request.prompt_tokens or (request.asked[0] if request.asked else result.cell.prompt_tokens)
+    for request in some:
+        length = request.prompt_tokens or (request.asked[0] if request.asked else cell.prompt_tokens)
         if request.shared_tokens is not None and length:
             shared, prompts = shared + min(request.shared_tokens, length), prompts + length
     return shared / prompts if prompts else None

@@ -39,7 +39,7 @@ from ..records.cell import SPECULATIVE, Cell
 from ..records.errors import MeasurementError, OutOfMemory, UsageError
 from ..records.quantizations import schemes_of
 from ..records.results import LoadInfo, ModelFacts, hash16
-from ..workloads.prompts import turn_texts
+from ..workloads.conversations import turn_texts
 from .base import CHECKPOINT, Capabilities, DeviceMemory, Emit, NothingToFetch, Serving, Token
 
 NUMBERS = {

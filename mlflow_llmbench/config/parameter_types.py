@@ -219,7 +219,8 @@ class OnlineParameters(SharedParameters, total=False):
     ; '"""
 
     prefix_tokens: int | str | Sequence[int | str] | None
-    """beginning of each prompt that a group of requests shares, such as a system prompt; part of prompt_tokens"""
+    """beginning of each prompt that a group of requests or conversations shares, such as a system prompt; part of
+    prompt_tokens"""
 
     prefix_count: int | str | Sequence[int | str]
     """different prefixes of prefix_tokens, each for one group of requests"""

@@ -318,11 +318,6 @@ def _check_prefixes(axes: Mapping[str, tuple[object, ...]]) -> None:
         if axes["prefix_count"] != (PARAMETERS["prefix_count"].default,):
             raise UsageError("prefix_count is a number of prefixes, and none has tokens. Give prefix_tokens.")
         return
-    if axes["history"] != ("none",):
-        raise UsageError(
-            "prefix_tokens is for single requests, and each turn of history=sent begins with all that was said before. "
-            "Leave one of them out."
-        )
     lengths = [int(str(tokens)) for tokens in axes["prompt_tokens"] if tokens is not None]
     if lengths and max(prefixes) >= min(lengths):
         raise UsageError(

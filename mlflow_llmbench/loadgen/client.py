@@ -48,7 +48,16 @@ SCRAPE_LIMITS = Limits(connect_s=2, first_s=2, gap_s=2, total_s=5, most_bytes=1 
 BuildRequest = Callable[[int], bytes]
 """Builds the whole request, head and body, of a request number."""
 
-FollowUp = Callable[[Exchange], bytes | None]
+
+@dataclass(frozen=True)
+class NextRequest:
+    """The next request of a user, to be sent `after_ns` after the answer before it has ended: the time to think."""
+
+    request: bytes
+    after_ns: int = 0
+
+
+FollowUp = Callable[[Exchange], NextRequest | None]
 """Builds the next request of the same user from an answer; None if there is none."""
 
 
@@ -321,9 +330,9 @@ class _Run:
         limit = self.load.requests
         while (limit is None or self.begun < limit) and time.perf_counter_ns() < self.stop_ns:
             request: bytes | None = self._request(self.begun)
-            conversation, turn = (self.begun if self.follow_up else None), 1
+            conversation, turn, due_ns = (self.begun if self.follow_up else None), 1, 0
             self.begun += 1
-            while request is not None and time.perf_counter_ns() < self.stop_ns:
+            while request is not None and await self._thought(due_ns):
                 exchange = Exchange(
                     len(self.exchanges), conversation=conversation, turn=turn if self.follow_up else None
                 )
@@ -331,7 +340,15 @@ class _Run:
                 await self._exchange(exchange, request)
                 if exchange.fault == "refused" and not exchange.status:
                     await asyncio.sleep(0.05)  # do not ask an unreachable server in a tight loop
-                request, turn = self.follow_up(exchange) if self.follow_up else None, turn + 1
+                after = self.follow_up(exchange) if self.follow_up else None
+                request, turn = (after.request if after else None), turn + 1
+                due_ns = exchange.end_ns + after.after_ns if after else 0
+
+    async def _thought(self, due_ns: int) -> bool:
+        """Wait until a request is due. Return False, at once, if that is after the end of the load."""
+        while (left := due_ns - time.perf_counter_ns()) > 0 and due_ns < self.stop_ns:
+            await asyncio.sleep(left / 1e9)
+        return max(due_ns, time.perf_counter_ns()) < self.stop_ns
 
     async def _open(self, started: int, arrivals_ns: tuple[int, ...]) -> None:
         """Send each request when it is due. Overdue requests are sent at once, in order."""

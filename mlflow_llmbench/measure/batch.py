@@ -178,8 +178,8 @@ def turns_of(backend: Backend, cell: Cell, prompts: PromptSet, vocab_size: int, 
     """Return the turns of repetition `number`: one batch of prompts, or a conversation, the same one in every row."""
     if cell.history == "none":
         return [prompts.batch(cell, number, vocab_size, backend.encode if backend.capabilities.tokenizer else None)]
-    messages = prompts.conversations[number % len(prompts.conversations)]
-    return [[list(ids)] * cell.batch_size for ids in backend.encode_turns(messages)]
+    asks = prompts.conversations[number % len(prompts.conversations)].asks
+    return [[list(ids)] * cell.batch_size for ids in backend.encode_turns(asks)]
 
 
 def compare_replies(backend: Backend, cell: Cell, prompts: PromptSet, measured: CellMeasurements) -> tuple[bool, ...]:

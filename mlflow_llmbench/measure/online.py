@@ -23,9 +23,9 @@ from ..stats import is_steady
 from ..system import machine
 from ..workloads.arrivals import arrival_times_ns, request_count
 from ..workloads.prompts import PromptSet, lengths_of, lengths_vary
-from ..workloads.sharing import PrefixTree, parts_of, shares_prefixes
 from .batch import LEAST_WARMUPS, MOST_WARMUPS
 from .events import RepetitionEnded, ReportProgress, WarmupEnded
+from .shared_tokens import shared_requests, shared_turns
 from .stopping import enough
 
 WARM_USERS = 4
@@ -55,7 +55,7 @@ def measure_server(server: ServerBackend, cell: Cell, prompts: PromptSet, report
         wall_ms, before = int(time.time() * 1000), machine.take_readings(server.device)
         trace = server.send(prompts, cell, index, load, _expected(cell, warmup_s[-1]), processes)
         noise = machine.noise_between(before, machine.take_readings(server.device))
-        requests = _records(server, cell, trace)
+        requests = _records(server, cell, prompts, trace)
         complete = _complete(requests)
         failed = tuple(request for request in requests if request.outcome != "complete")
         repetitions.append(
@@ -67,18 +67,12 @@ def measure_server(server: ServerBackend, cell: Cell, prompts: PromptSet, report
     return CellMeasurements(first_call_ms, tuple(warmup_s), steady, tuple(repetitions), ())
 
 
-def _records(server: ServerBackend, cell: Cell, trace: Trace) -> list[RequestRecord]:
-    """Return the records of a load's requests, with what was asked of each."""
+def _records(server: ServerBackend, cell: Cell, prompts: PromptSet, trace: Trace) -> list[RequestRecord]:
+    """Return the records of a load's requests, with what was asked of each and what it shares with earlier ones."""
     records = [_with_asked(server.read(exchange), cell, exchange.number) for exchange in trace.exchanges]
-    if not shares_prefixes(cell):
-        return records
-    tree = PrefixTree()
-    parts = [
-        parts_of(cell, exchange.number, lengths_of(cell, exchange.number)[0] or None) for exchange in trace.exchanges
-    ]
-    return [
-        dataclasses.replace(record, shared_tokens=tree.take(own)) for record, own in zip(records, parts, strict=True)
-    ]
+    if cell.history == "sent":
+        return shared_turns(records, cell, prompts.conversations)
+    return shared_requests(records, cell, [exchange.number for exchange in trace.exchanges])
 
 
 def _with_asked(request: RequestRecord, cell: Cell, number: int) -> RequestRecord:

@@ -306,7 +306,7 @@ def _check_conversations(backend: Backend, cell: Cell, prompts: PromptSet, conte
     """Raise MeasurementError if the backend cannot be measured turn by turn, or a conversation outgrows the context."""
     if not backend.capabilities.conversations:
         raise MeasurementError(f"backend={cell.backend} cannot be measured turn by turn. Use history=none.")
-    turns = [backend.encode_turns(messages) for messages in prompts.conversations]
+    turns = [backend.encode_turns(one.asks) for one in prompts.conversations]
     longest = max(sum(map(len, added)) + len(added) * cell.output_tokens for added in turns)
     if context is not None and longest > context:
         raise MeasurementError(

@@ -69,8 +69,8 @@ class Cell:
         "synthetic", "synthetic (seeded ids), mixed (seeded ids of varying lengths), qa, summarization, creative, "
         "code, chat, domain, or a JSONL file", "workload", "workload", metavar="NAME|FILE", sweep=True).field()
     prefix_tokens: int | None = Parameter(
-        None, "beginning of each prompt that a group of requests shares, such as a system prompt; part of "
-        "prompt_tokens", "count", "workload", metavar="TOKENS", sweep=True, unset="none", high=1_000_000,
+        None, "beginning of each prompt that a group of requests or conversations shares, such as a system prompt; "
+        "part of prompt_tokens", "count", "workload", metavar="TOKENS", sweep=True, unset="none", high=1_000_000,
         scenarios="online", only_with="trace=none").field()
     prefix_count: int = Parameter(
         1, "different prefixes of prefix_tokens, each for one group of requests", "count", "workload",

@@ -333,7 +333,7 @@ CACHED_PROMPT = Metric("lengths", "cached_prompt_ratio",
 IDEAL_HITS = Metric(
     "prefix_cache", "ideal_hit_ratio",
     "share of prompt tokens with which an earlier request of the repetition began too (prefix_tokens, hash_ids of a "
-    "trace): the hits of a cache without limits, empty at first", RATIO, ("",), "",
+    "trace, history=sent): the hits of a cache without limits, empty at first", RATIO, ("",), "",
     "prompt tokens shared with earlier requests", places=(Line(115, unit="%", scale=100),))
 SERVER_HITS = Metric(
     "prefix_cache", "server_hit_ratio",

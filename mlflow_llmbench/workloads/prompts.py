@@ -17,6 +17,7 @@ from ..records.errors import UsageError
 from ..records.reading import Unreadable
 from ..records.redaction import redact
 from ..records.results import hash16
+from .conversations import Conversation, parse_conversation
 from .sharing import parts_of, shares_prefixes
 from .traces import read_trace
 
@@ -84,8 +85,7 @@ class PromptSet:
 
     name: str
     texts: tuple[str, ...] = ()
-    # The user's turns of each conversation, if every line is a conversation.
-    conversations: tuple[tuple[str, ...], ...] = ()
+    conversations: tuple[Conversation, ...] = ()  # of each line, if every line is one
 
     def batch(self, cell: Cell, repetition: int, vocab_size: int, encode: Encode | None) -> list[list[int]]:
         """Prompts of one repetition: `batch_size` rows of token ids, all of one length, so that nothing is padded.
@@ -140,7 +140,7 @@ class PromptSet:
         """
         first = shared_words(cell, repetition, number, unique, tokens_per_word)
         if unique and not first:
-            first = random.Random(f"{unique}/{repetition}/{number}").choices(WORDS, k=8)
+            first = unique_words(repetition, number, unique)
         if self.texts and cell.prompt_tokens is None:
             return " ".join([*first, self.texts[number % len(self.texts)]])
         first = first[:count]
@@ -174,7 +174,7 @@ class PromptSet:
 
     def digest(self, cell: Cell, vocab_size: int | None) -> str:
         """Return `workload_hash`: identity of prompts and lengths, without the batch size and the model's settings."""
-        texts = [list(turns) for turns in self.conversations] if cell.history != "none" else list(self.texts)
+        texts = [one.identity() for one in self.conversations] if cell.history != "none" else list(self.texts)
         prompts: object = texts or {"generator": "uniform-ids-1", "seed": cell.seed, "vocab_size": vocab_size}
         if cell.scenario == "online" and not self.texts:
             prompts = {"generator": "common-words-1", "seed": cell.seed}
@@ -185,6 +185,11 @@ class PromptSet:
         if shares_prefixes(cell):
             prompts = {"prompts": prompts, "prefix": [cell.prefix_tokens, cell.prefix_count], "seed": cell.seed}
         return hash16({"prompts": prompts, "prompt_tokens": cell.prompt_tokens, "output_tokens": cell.output_tokens})
+
+
+def unique_words(repetition: int, number: int, unique: str) -> list[str]:
+    """Return words to begin a prompt with that no other prompt begins with."""
+    return random.Random(f"{unique}/{repetition}/{number}").choices(WORDS, k=8)
 
 
 def shared_words(cell: Cell, repetition: int, number: int, unique: str, tokens_per_word: float) -> list[str]:
@@ -227,6 +232,11 @@ def require_conversations(cell: Cell, prompts: PromptSet) -> None:
             f"history={cell.history} needs conversations, and workload={cell.workload} has none. "
             'Use workload=chat, or a file whose lines have "messages" instead of a "prompt".'
         )
+    if cell.history in ("recomputed", "kept") and not all(one.is_plain for one in prompts.conversations):
+        raise UsageError(
+            f"history={cell.history} takes conversations of texts, and workload={cell.workload} has tools, system "
+            "messages, images or delays. Measure it behind a server, with history=sent."
+        )
 
 
 def prompts_of(cells: Iterable[Cell]) -> dict[str, PromptSet]:
@@ -239,42 +249,6 @@ def prompts_of(cells: Iterable[Cell]) -> dict[str, PromptSet]:
     for cell in cells:
         require_conversations(cell, found[cell.workload])
     return found
-
-
-def turn_texts(messages: Sequence[str], render: Callable[[list[dict[str, str]]], str] | None) -> list[str]:
-    """Return the text that each user message adds to a conversation, including the end of the answer before it.
-
-    `render`: the tokenizer's chat template, from messages with roles to text that ends where the answer begins; None
-    gives the plain form of `plain_dialogue`. A stand-in for the answer shows what the template puts between two turns,
-    so the text of the history is never rendered again. Raises UsageError for a template that changes answers.
-    """
-    if render is None:
-        return [
-            f"{'' if number == 0 else chr(10)}User: {message}\nAssistant:" for number, message in enumerate(messages)
-        ]
-    found: list[str] = []
-    chat: list[dict[str, str]] = []
-    for message in messages:
-        chat.append({"role": "user", "content": message})
-        _, answer, added = render(chat).rpartition(STAND_IN)
-        if chat[:-1] and not answer:
-            raise UsageError(
-                "The chat template of this model leaves earlier answers out, so that no history can be kept. "
-                "Use history=none."
-            )
-        found.append(added)
-        chat.append({"role": "assistant", "content": STAND_IN})
-    return found
-
-
-STAND_IN = "an-answer-that-stands-here"
-"""Text that no chat template changes."""
-
-
-def plain_dialogue(messages: Sequence[str]) -> str:
-    """Join alternating messages into one text, `User: …` and `Assistant: …`, that ends where the next answer begins."""
-    lines = [f"{'Assistant' if number % 2 else 'User'}: {message}" for number, message in enumerate(messages)]
-    return "\n".join([*lines, "Assistant:"])
 
 
 @dataclass(frozen=True)
@@ -305,15 +279,15 @@ def load_text(name: str) -> Text:
 
 def _parse_lines(
     lines: Iterable[tuple[int, str, Any]], origin: str
-) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
-    """Return the prompts, one per line, and if every line is a conversation also the user's turns of each."""
+) -> tuple[tuple[str, ...], tuple[Conversation, ...]]:
+    """Return the prompts, one per line, and if every line is a conversation also the conversations."""
     prompts, conversations = [], []
     for number, line, data in lines:
         try:
             if "messages" in data:
-                messages = _messages(data["messages"], f"{origin}, line {number}")
-                conversations.append(tuple(messages[::2]))
-                prompts.append(plain_dialogue(messages))
+                conversation, prompt = parse_conversation(data, f"{origin}, line {number}")
+                conversations.append(conversation)
+                prompts.append(prompt)
                 continue
             prompt = data["prompt"]
         except (KeyError, TypeError):
@@ -327,22 +301,3 @@ def _parse_lines(
     if not prompts:
         raise UsageError(f"{origin} has no prompts. Write one JSON object with a prompt per line.")
     return tuple(prompts), tuple(conversations) if len(conversations) == len(prompts) else ()
-
-
-def _messages(given: object, origin: str) -> list[str]:
-    """Return the texts of a conversation. Raises UsageError unless roles alternate, the user first and last."""
-    roles = ("user", "assistant")
-    found = (
-        [
-            m.get("content") if isinstance(m, dict) and m.get("role") == roles[i % 2] else None
-            for i, m in enumerate(given)
-        ]
-        if isinstance(given, list)
-        else []
-    )
-    if len(found) % 2 == 0 or not all(isinstance(text, str) and text.strip() for text in found):
-        raise UsageError(
-            f'{origin}: "messages" are not a conversation. Write a list of {{"role": "user", "content": "…"}} and '
-            '{"role": "assistant", …} in turns that begins and ends with the user.'
-        )
-    return [str(text) for text in found]

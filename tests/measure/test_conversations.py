@@ -26,7 +26,8 @@ from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.errors import UsageError
 from mlflow_llmbench.records.results import CellMeasurements, LoadInfo, ModelFacts, RequestRecord
 from mlflow_llmbench.reports.result import report_markdown
-from mlflow_llmbench.workloads.prompts import load_prompts, turn_texts
+from mlflow_llmbench.workloads.conversations import turn_texts
+from mlflow_llmbench.workloads.prompts import load_prompts
 
 from ..results import made
 from .test_batch import fake
@@ -72,7 +73,7 @@ def measure(backend: Any, workload: str, history: str, **settings: Any) -> tuple
 
 def test_conversations_are_read_with_their_turns_and_as_one_text(conversations: str) -> None:
     prompts = load_prompts(conversations)
-    assert prompts.conversations == tuple(map(tuple, TURNS))
+    assert [list(one.asks) for one in prompts.conversations] == TURNS
     assert prompts.texts[1] == "User: One more.\nAssistant: I see.\nUser: Thanks.\nAssistant:"
 
 
@@ -89,7 +90,7 @@ def test_conversations_are_read_with_their_turns_and_as_one_text(conversations: 
 def test_what_is_no_conversation_is_refused_with_its_line(tmp_path: Path, messages: Any) -> None:
     file = tmp_path / "bad.jsonl"
     file.write_text('{"prompt": "good"}\n' + json.dumps({"messages": messages}))
-    with pytest.raises(UsageError, match='line 2: "messages" are not a conversation. Write a list of'):
+    with pytest.raises(UsageError, match='line 2: "messages" are not a conversation: they .* Write a list of'):
         load_prompts(str(file))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mlflow_llmbench.workloads.prompts import plain_dialogue
+from mlflow_llmbench.workloads.conversations import plain_dialogue
 
 FOLDER = Path(__file__).resolve().parents[2] / "mlflow_llmbench" / "workloads"
 

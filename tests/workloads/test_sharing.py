@@ -164,10 +164,6 @@ def test_bad_blocks_are_one_clear_line(tmp_path: Path, ids: object, message: str
         ({"prefix_tokens": "60", "prompt_tokens": "200,50"}, "prefix_tokens=60 is not less than prompt_tokens=50."),
         ({"prefix_count": "4"}, "prefix_count is a number of prefixes, and none has tokens."),
         ({"prefix_tokens": "0"}, "prefix_tokens is too small: 0."),
-        (
-            {"prefix_tokens": "9", "history": "sent", "workload": "chat", "prompt_tokens": "auto", "endpoint": "chat"},
-            "prefix_tokens is for single requests",
-        ),
         ({"prefix_tokens": "9", "url": "none", "backend": "fake"}, "prefix_tokens has a meaning only if a server"),
     ],
 )

@@ -22,7 +22,7 @@ from ...records.mixed_plan import QuantPlan
 from ...records.quantizations import FLOAT_DTYPES, MIXED, SCHEMES, UNPACKED, schemes_of
 from ...records.results import LoadInfo, ModelFacts
 from ...system import gpu, machine
-from ...workloads.prompts import turn_texts
+from ...workloads.conversations import turn_texts
 from ..base import CHECKPOINT, Capabilities, DeviceMemory, Emit, Token
 from ..checkpoints import files, sources
 from ..parallel import RankMemory

@@ -22,7 +22,7 @@ from ...records.installation import pip_install
 from ...records.quantizations import FLOAT_DTYPES, GGUF_CACHES, SCHEMES, schemes_of
 from ...records.results import LoadInfo, ModelFacts
 from ...system import gpu, machine, memory
-from ...workloads.prompts import turn_texts
+from ...workloads.conversations import turn_texts
 from .. import peak_rates
 from ..base import GGUF_FILE, Capabilities, DeviceMemory, Distribution, Emit
 from ..checkpoints import gguf_file, random_weights, sources

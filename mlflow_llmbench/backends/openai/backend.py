@@ -18,7 +18,7 @@ from typing import Any
 
 from ...config.request_fields import loaded, variables_of
 from ...config.server_command import arguments
-from ...loadgen.client import BuildRequest, Load, Trace
+from ...loadgen.client import BuildRequest, Load, NextRequest, Trace
 from ...loadgen.http1 import Exchange, Limits
 from ...loadgen.request_board import VARIABLE as BOARD
 from ...loadgen.request_board import RequestBoard
@@ -315,7 +315,7 @@ class OpenAIBackend(NothingToFetch):
             number = share.number(position)
             return talks.begin(number) if talks else self.request(prompts, cell, task.repetition, number)
 
-        def follow_up(exchange: Exchange) -> bytes | None:
+        def follow_up(exchange: Exchange) -> NextRequest | None:
             if talks is None:
                 return None
             exchange.conversation = share.number(exchange.conversation or 0)
@@ -383,14 +383,21 @@ class OpenAIBackend(NothingToFetch):
             self.others.close()
             self.others = None
 
-    def body(self, prompt: str | list[dict[str, str]], output_tokens: int, number: int | str) -> bytes:
-        """Build the whole HTTP request for an answer to a prompt or to messages."""
+    def body(
+        self,
+        prompt: str | Sequence[Mapping[str, Any]],
+        output_tokens: int,
+        number: int | str,
+        more: Mapping[str, Any] | None = None,
+    ) -> bytes:
+        """Build the whole HTTP request for an answer to a prompt or to messages, with more fields of its own."""
         chat = self.cell.endpoint == "chat"
         body: dict[str, Any] = {
             "model": self.cell.model,
             self.length_field: output_tokens,
             "stream": True,
             **self.added(),
+            **(more or {}),
         }
         body |= (
             {"messages": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt}

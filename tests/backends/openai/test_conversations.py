@@ -17,6 +17,7 @@ from mlflow_llmbench.cli.main import main
 from mlflow_llmbench.loadgen.client import Load
 from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.results import ModelFacts, RequestRecord
+from mlflow_llmbench.sweeps.sweep import run
 from mlflow_llmbench.workloads.prompts import load_prompts
 
 from ...measure.test_online import CELL, codes, request, result
@@ -163,3 +164,76 @@ def test_conversations_are_a_cell(server: str, talks: Path, store_uri: str) -> N
     assert not client.get_metric_history(run.info.run_id, "steps/turn_prefilled_tokens")
     report = Path(client.download_artifacts(run.info.run_id, "report.md")).read_text()
     assert "## Turn by turn" in report
+
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "search", "arguments": "{}"}}
+TOOL = {"type": "function", "function": {"name": "search", "parameters": {"type": "object"}}}
+AGENT = [
+    {"role": "system", "content": "You help."},
+    {"role": "user", "content": "Where is it?"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "c1", "content": "It left.", "delay_ms": 60},
+    {"role": "assistant", "content": "It left."},
+    {"role": "user", "content": "Thanks.", "delay_ms": 120},
+]
+
+
+@pytest.fixture
+def agents(tmp_path: Path) -> Path:
+    file = tmp_path / "agents.jsonl"
+    file.write_text(json.dumps({"messages": AGENT, "tools": [TOOL]}))
+    return file
+
+
+def test_an_agent_sends_its_tools_results_of_the_recorded_calls_and_thinks(server: str, agents: Path) -> None:
+    records = hold(server, agents, "ttft_ms=5+itl_ms=1", Load(requests=2, concurrency=2))
+    log = read_log(server)
+    first, second, third = (log[f"1-{turn}"]["asked"] for turn in (1, 2, 3))
+    assert first["tools"] == second["tools"] == third["tools"] == [TOOL]
+    assert [m["role"] for m in third["messages"]] == ["system", "user", "assistant", "tool", "assistant", "user"]
+    system, *asked = first["messages"]
+    assert system["content"].endswith(" You help.") and len(system["content"].split()) == 8 + 2
+    assert asked == [AGENT[1]]
+    assert second["messages"] == [system, AGENT[1], AGENT[2], {k: v for k, v in AGENT[3].items() if k != "delay_ms"}]
+    assert third["messages"][4:] == [
+        {"role": "assistant", "content": " word" * 4},
+        {"role": "user", "content": "Thanks."},
+    ]
+    for number, turn, delay_ms in ((0, 2, 60), (1, 2, 60), (0, 3, 120), (1, 3, 120)):
+        own, before = (next(r for r in records if (r.conversation, r.turn) == (number, t)) for t in (turn, turn - 1))
+        assert own.t0_ns >= (before.end_ns or 0) + delay_ms * 1_000_000
+
+
+def test_a_turn_that_would_come_after_the_end_is_not_waited_for(server: str, agents: Path) -> None:
+    file = agents.with_name("slow.jsonl")
+    file.write_text(json.dumps({"messages": [*AGENT[:3], {**AGENT[3], "delay_ms": 80_000_000}]}))
+    records = hold(server, file, "ttft_ms=5+itl_ms=1", Load(duration_s=0.2))
+    assert {r.turn for r in records} == {1}
+
+
+def test_groups_of_conversations_begin_alike_and_each_then_with_words_of_its_own(server: str, agents: Path) -> None:
+    hold(server, agents, "ttft_ms=1", Load(requests=6), prefix_tokens=40, prefix_count=2)
+    log = read_log(server)
+    begun = [log[f"{number}-1"]["asked"]["messages"][0]["content"].split() for number in range(6)]
+    assert {len(words) for words in begun} == {40 + 8 + 2}
+    assert len({tuple(words[:40]) for words in begun}) == 2
+    assert len({tuple(words[:48]) for words in begun}) == 6
+
+
+def test_what_turns_share_is_told_and_found(agents: Path, store_uri: str) -> None:
+    """The server counts words: two turns after a prefix of 40, of which all that was said before is known."""
+    with null_server("null:cache=told") as url:
+        done = run(
+            tracking_uri=store_uri, backend="openai", url=url, model="null:cache=told", endpoint="chat", history="sent",
+            workload=str(agents), prompt_tokens="auto", output_tokens=4, requests=6, repetitions=5, warmup=1,
+            prefix_tokens=40,
+        )  # fmt: skip
+    [row] = done.rows
+    # Turns of 53, 53 + 1 + 2 and 53 + 3 + 4 + 1 words: "None" stands for the recorded call.
+    prompts = (53, 56, 61)
+    assert row.metrics["lengths/prompt_tokens_mean"] == pytest.approx(sum(prompts) / 3)
+    ideal = (5 / 6 * 40 + 53 + 56 + 3) / sum(prompts)
+    assert row.metrics["prefix_cache/ideal_hit_ratio"] == pytest.approx(ideal)
+    own = (5 / 6 * 40 + 53 + 56) / sum(prompts)  # the cache of the test's server keeps no answers
+    assert row.metrics["prefix_cache/server_hit_ratio"] == pytest.approx(own, abs=0.005)
+    assert row.verdict is not None and "prefix_cache_hits" not in {reason.code for reason in row.verdict.reasons}
