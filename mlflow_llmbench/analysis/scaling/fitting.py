@@ -14,7 +14,7 @@ rivals.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -280,49 +280,70 @@ def _intervals(form: Form, x: Array, logs: Array, theta: Array, left: float) -> 
             yield Parameter(name, value, low, high)
         else:
             limit = left * (1 + t**2 / degrees)
-            ends = [_profile_end(form, x, logs, theta, i, side * t * error, limit) for side in (-1, 1)]
+            ends = [_profile_end(form, x, logs, theta, i, side * t * error, left, limit) for side in (-1, 1)]
             yield Parameter(name, value, ends[0], ends[1])
 
 
 def _profile_end(
-    form: Form, x: Array, logs: Array, theta: Array, index: int, step: float, limit: float
+    form: Form, x: Array, logs: Array, theta: Array, index: int, step: float, least: float, limit: float
 ) -> float | None:
-    """Find the value at which a parameter's profiled sum of squares reaches `limit`, first trying `step` away.
+    """Find the value at which a parameter's profiled sum of squares S reaches `limit`, first trying `step` away.
 
-    None if the limit is not reached in that direction.
+    `least`: S at `theta`. √(S − least) is about linear in the parameter, so its root is bracketed and then found by
+    regula falsi (Illinois variant: Dahlquist & Björck, Numerical Methods, 1974, 6.2.2). None if the limit is not
+    reached in that direction.
     """
-    warm = theta
+    warm, goal = theta, math.sqrt(limit - least)
 
-    def above(value: float) -> bool:
+    def beyond(value: float) -> float:
+        """Return √(S − least) − goal; above 0 if the value lies outside the interval."""
         nonlocal warm
         start = warm.copy()
         start[index] = value
-        # If no start gives a positive curve, the value is as impossible as one beyond the limit.
         done = _descend(form, x, logs, start, held=index) or _restart(form, x, logs, index, value)
-        if done is None or done[1] > limit:
-            return True
-        warm = done[0]
-        return False
+        if done is None:  # no start gives a positive curve: as impossible as a value beyond the limit
+            return math.inf
+        if done[1] <= limit:
+            warm = done[0]
+        return math.sqrt(max(done[1] - least, 0.0)) - goal
 
-    inner, outer = float(theta[index]), float(theta[index])
+    inner, at_inner = float(theta[index]), -goal
     for _ in range(14):
         outer = inner + step
         stuck = form.bounds is not None and form.bounds[0] == index and not form.bounds[1] < outer < form.bounds[2]
         if form.bounds and stuck:
             outer = form.bounds[1] if step < 0 else form.bounds[2]
-        if above(outer):
+        at_outer = beyond(outer)
+        if at_outer > 0:
             break
         if stuck:
             return None
-        inner, step = outer, 2 * step
+        inner, at_inner, step = outer, at_outer, 2 * step
     else:
         return None
-    for _ in range(40):
-        middle = (inner + outer) / 2
-        inner, outer = (inner, middle) if above(middle) else (middle, outer)
-        if abs(outer - inner) <= 1e-4 * abs(step):
-            break
-    return (inner + outer) / 2
+    return _root(beyond, (inner, at_inner), (outer, at_outer), abs(step) * 1e-4, goal * 1e-4)
+
+
+def _root(
+    function: Callable[[float], float], inner: tuple[float, float], outer: tuple[float, float], x: float, y: float
+) -> float:
+    """Return a root between two places (argument, value ≤ 0) and (argument, value > 0, maybe infinite).
+
+    Ends where the places are within `x` of each other, or the value within `y` of 0.
+    """
+    side = 0
+    for _ in range(60):
+        (a, at_a), (b, at_b) = inner, outer
+        middle = (a + b) / 2 if math.isinf(at_b) else a + (b - a) * at_a / (at_a - at_b)
+        value = function(middle)
+        if abs(value) <= y or abs(b - a) <= x:
+            return middle
+        if value > 0:
+            inner, outer = (a, at_a / 2 if side > 0 else at_a), (middle, value)
+        else:
+            inner, outer = (middle, value), (b, at_b / 2 if side < 0 else at_b)
+        side = 1 if value > 0 else -1
+    return middle
 
 
 def _restart(form: Form, x: Array, logs: Array, index: int, value: float) -> tuple[Array, float] | None:
