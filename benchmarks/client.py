@@ -250,7 +250,7 @@ def main() -> int:
         f"{'MISSED' if late else 'met   '}  {median(errors):7.3f} (least {min(errors):.3f})   goal {GOLDEN_MS:<5g} "
         f"{told}"
     )
-    environment = machine.environment(str(ROOT))
+    environment = machine.environment()
     where = {
         "cpu": environment["cpu"],
         "python": environment["python"],

@@ -29,8 +29,9 @@ from mlflow_llmbench.measure import interpreter, supervise
 from mlflow_llmbench.measure.events import Event, StageMemory
 from mlflow_llmbench.measure.outcome import stages_of
 from mlflow_llmbench.measure.task import WorkerJob
+from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.errors import MissingError
-from mlflow_llmbench.records.quantizations import SCHEMES, schemes_of
+from mlflow_llmbench.records.quantizations import MIXED, SCHEMES, schemes_of
 from mlflow_llmbench.system import estimate
 
 TOLERANCE = 0.15
@@ -58,9 +59,15 @@ def checkpoint(name: str, folder: Path) -> Path:
     return random_weights.write_checkpoint(preset, 0)
 
 
+def cell_of(model: Path, quant: str) -> Cell:
+    """Return the cell of a short measurement; a mixed model is given 6 bits per weight."""
+    budget = {"quant_budget": "6"} if quant == MIXED else {}
+    return parse({"model": str(model), "quant": quant, "prompt_tokens": "8", "output_tokens": "2", **budget}).first
+
+
 def load(model: Path, quant: str, scratch: Path) -> dict[str, Any]:
     """Return what a load needed at its peak, what was predicted, and the weights, in bytes; or why it failed."""
-    cell = parse({"model": str(model), "quant": quant, "prompt_tokens": "8", "output_tokens": "2"}).first
+    cell = cell_of(model, quant)
     facts = interpreter.resolve(cell)
     folder = Path(tempfile.mkdtemp(dir=scratch))
 
@@ -88,7 +95,7 @@ def load(model: Path, quant: str, scratch: Path) -> dict[str, Any]:
 
 def predicted(model: Path, quant: str) -> int | None:
     """Return the prediction for a load."""
-    cell = parse({"model": str(model), "quant": quant}).first
+    cell = cell_of(model, quant)
     facts = interpreter.resolve(cell)
     shape = model_shape.Shape.from_config(facts.config or {})
     return estimate.predicted_load_bytes(cell, facts, shape)
@@ -112,7 +119,7 @@ def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--out", type=Path, default=Path("benchmarks/results/loading-peak-2core-amd-epyc.json"))
     options.add_argument("--shapes", default=",".join(SHAPES))
-    options.add_argument("--schemes", default=",".join(name for name in schemes_of("transformers") if name != "mixed"))
+    options.add_argument("--schemes", default=",".join(schemes_of("transformers")))
     asked = options.parse_args()
     known: list[dict[str, Any]] = json.loads(asked.out.read_text())["rows"] if asked.out.exists() else []
     rows = {(row["shape"], row["quant"]): row for row in known}

@@ -31,6 +31,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from mlflow_llmbench.records.metrics import OUTPUT_RATE
 from mlflow_llmbench.tracking import view
 
 WIDTH = 1440
@@ -132,7 +133,7 @@ def pages(uri: str, experiment: str) -> dict[str, tuple[str, int, str]]:
     cells = client.search_runs(
         [found.experiment_id],
         json.loads(views[view_id]["state"])["searchFilter"],
-        order_by=[f"metrics.`{view.OUTPUT_RATE.key()}` DESC"],
+        order_by=[f"metrics.`{OUTPUT_RATE.key()}` DESC"],
     )
     measured = [run.info.run_id for run in cells if run.data.tags.get("llmbench.outcome") == "ok"]
     if not measured:
