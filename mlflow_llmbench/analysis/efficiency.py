@@ -13,6 +13,7 @@ from ..records.text import finite
 from . import probe
 from .figures import Figures, mean_of
 from .latency import chunk_gaps_ms, e2e_ms, tpot_ms
+from .layout import gpu_count, moved
 from .repetitions import output_rate, requests, several_in_a_step, unit_values
 
 CACHE_FACTOR = 4
@@ -70,7 +71,10 @@ def bandwidth(result: RunResult) -> float | None:
 
 
 def device_count(result: RunResult) -> int:
-    """Number of devices that run the model: GPUs; the processes of ranks on a CPU share one."""
+    """Number of devices that run the model at once: GPUs; the processes of ranks on a CPU share one.
+
+    GPUs over which whole layers are laid out compute one after another, so they count as one.
+    """
     return (result.load.devices if result.load else None) or 1
 
 
@@ -105,6 +109,8 @@ def model_bandwidth_utilization(result: RunResult) -> float | None:
 def utilization_doubt(result: RunResult) -> str | None:
     """Return why MBU is withheld although it could be computed, as a sentence; None if it is not."""
     found = read_share(result)
+    if found is not None and (away := moved(result)):
+        return f"MBU is left out, because each step brings weights from elsewhere, at another bandwidth: {away}."
     if found is None or result.nominal_bandwidth is not None:
         return None
     if why := probe.doubt(result.peaks):
@@ -127,7 +133,7 @@ def joules_per_token(result: RunResult) -> float | None:
     None unless every repetition has a reading and the sum is above 0. None for several devices: the counter is that of
     the first one.
     """
-    if device_count(result) > 1:
+    if device_count(result) > 1 or gpu_count(result) > 1:
         return None
     noises = [r.noise for r in result.repetitions]
     if result.idle_w is None or not all(n and n.energy_j is not None for n in noises):

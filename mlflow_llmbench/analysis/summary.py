@@ -84,6 +84,7 @@ from ..stats import (
 from .efficiency import efficiency_figures
 from .figures import Figures, distribution, mean_of, once_per_result
 from .latency import chunk_gaps_ms, e2e_ms, tpot_ms, ttft_ms
+from .layout import layout_figures, layout_series
 from .natural_stopping import natural_figures
 from .online_metrics import online_figures, ramp_steps, stream_figures
 from .quality import figures
@@ -281,7 +282,7 @@ def _quality(result: RunResult) -> Figures:
 
 Family = Callable[[RunResult], Figures]
 
-ALWAYS: tuple[Family, ...] = (_settings, _memory, _load)
+ALWAYS: tuple[Family, ...] = (_settings, _memory, layout_figures, _load)
 """Families of metrics that every result has."""
 
 MEASURED: dict[str, tuple[Family, ...]] = {
@@ -377,7 +378,8 @@ def series(result: RunResult) -> list[Point]:
     ]
     points += [Point(key, step, value, result.ended_ms) for key, step, value in ramp_steps(result)]
     points += [*_timeline(result), *_gpu_series(result)]
-    points += [Point(one.key, rank, value, result.ended_ms) for one, rank, value in rank_series(result)]
+    of_devices = (*rank_series(result), *layout_series(result))
+    points += [Point(one.key, number, value, result.ended_ms) for one, number, value in of_devices]
     firsts = [ttft_ms(r) for r in requests(result)]
     for key, values in ((ITL_PERCENTILES.key, token_gaps(result)), (TTFT_PERCENTILES.key, firsts)):
         supported = [q for q in range(1, 100) if supports(len(values), max(q, 100 - q))] if values else []

@@ -12,6 +12,7 @@ from . import collapsed_gaps, contention, online_validity, probe
 from .efficiency import read_share, utilization_doubt
 from .figures import once_per_result
 from .latency import gaps_ms
+from .layout import moved
 from .logits_validity import logits
 from .order import order
 from .repetitions import PER_REPETITION, output_rate, process_count, requests, several_in_a_step
@@ -100,7 +101,7 @@ def _bandwidth(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]
     proves nothing: MBU is absent then.
     """
     share = read_share(result)
-    if share is None or share <= 1:
+    if share is None or share <= 1 or moved(result):
         return
     if result.nominal_bandwidth is not None:
         yield Reason(

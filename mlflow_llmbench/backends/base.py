@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ..loadgen.client import Load, Trace
     from ..loadgen.http1 import Exchange
     from ..system.memory import HostMemory
+    from ..system.placement import Working
     from ..workloads.prompts import PromptSet
 
 
@@ -223,6 +224,18 @@ class DecodingBackend(Backend, Protocol):
 
     def generate_plainly(self, prompts: Sequence[Sequence[int]], output_tokens: int, emit: Emit) -> None:
         """Generate as with decode=generate and kv_cache=auto, to compare the tokens of another path with. Not timed."""
+
+
+class PlacingBackend(Backend, Protocol):
+    """A backend that can lay a model out over devices, host memory and the disk, with `placement=auto`."""
+
+    def make_room(self, host_bytes: int | None, needs: Working | None, folder: Path) -> None:
+        """Tell, before `load`, what the layout must leave.
+
+        `host_bytes`: most host memory of this process, None for what is free · `needs`: what the cells need besides
+        weights, None if unknown · `folder`: for weights that are not read from the checkpoint itself. The caller
+        deletes it.
+        """
 
 
 class ForwardBackend(Backend, Protocol):

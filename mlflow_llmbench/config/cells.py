@@ -18,17 +18,17 @@ from .spec import BenchSpec, asked_fields, cell_fields
 
 LOADED = (
     "model", "weights", "revision", "backend", "quant", "group_size", "quant_budget", "quant_plan", "int8_threshold",
-    "double_quant", "prune", "device", "threads", "tensor_parallel", "gpu_layers", "kv_cache", "mmap", "attention",
-    "decode", "assistant", "draft_tokens", "trust_remote_code", "url", "launch", "endpoint", "worker_python",
-    "temperature", "ignore_eos", "thinking", "max_tokens_field", "extra_body", "headers", "tls_ca", "tls_cert",
-    "tls_key", "proxy",
+    "double_quant", "prune", "device", "threads", "tensor_parallel", "placement", "gpu_layers", "kv_cache", "mmap",
+    "attention", "decode", "assistant", "draft_tokens", "trust_remote_code", "url", "launch", "endpoint",
+    "worker_python", "temperature", "ignore_eos", "thinking", "max_tokens_field", "extra_body", "headers", "tls_ca",
+    "tls_cert", "tls_key", "proxy",
 )  # fmt: skip
 """Load key: parameters that decide what is loaded, and process settings that cannot change afterwards."""
 
 WEIGHTS = (
     "model", "weights", "revision", "backend", "quant", "group_size", "quant_budget", "quant_plan", "double_quant",
-    "prune", "device", "tensor_parallel", "gpu_layers", "kv_cache", "mmap", "decode", "assistant", "url", "launch",
-    "worker_python",
+    "prune", "device", "tensor_parallel", "placement", "gpu_layers", "kv_cache", "mmap", "decode", "assistant", "url",
+    "launch", "worker_python",
 )  # fmt: skip
 """Parameters that decide the memory of a load; cells that share them differ only by their shape."""
 
@@ -39,8 +39,8 @@ NOT_IN_IDENTITY = (
 """Parameters of a cell that do not decide its result. Of an interpreter the environment counts, not its path."""
 
 LATER = (
-    *DEPENDS_ON, "prune", "kv_cache", "tensor_parallel", "temperature", "ignore_eos", "thinking", "max_tokens_field",
-    "extra_body", "headers", "proxy", "prefix_tokens", "prefix_count",
+    *DEPENDS_ON, "prune", "kv_cache", "tensor_parallel", "placement", "temperature", "ignore_eos", "thinking",
+    "max_tokens_field", "extra_body", "headers", "proxy", "prefix_tokens", "prefix_count",
 )  # fmt: skip
 """Parameters that older identities lack, so they are left out of an identity at their defaults."""
 
@@ -211,7 +211,8 @@ def _loads(cell: Cell) -> list[str]:
         return ["online", f"trace {_last_part(cell.trace)}" if cell.trace else load_text(cell)]
     stream = [load_text(cell)] if cell.batching else []
     ranks = [f"tp{cell.tensor_parallel}"] if cell.tensor_parallel > 1 else []
-    return [*([cell.batching] if cell.batching else []), f"b{cell.batch_size}", *ranks, *stream]
+    placed = [] if cell.placement == PARAMETERS["placement"].default else [f"placement={cell.placement}"]
+    return [*([cell.batching] if cell.batching else []), f"b{cell.batch_size}", *ranks, *placed, *stream]
 
 
 def _lengths_text(cell: Cell) -> str:

@@ -16,6 +16,7 @@ MIN_TEXT_TOKENS = 512
 
 ENDPOINTS = ("completions", "chat")
 LENGTH_FIELDS = ("max_tokens", "max_completion_tokens")
+PLACEMENTS = ("single", "auto")
 ARRIVALS = ("poisson", "constant", "gamma")
 ATTENTIONS = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
@@ -50,6 +51,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "decode": DECODES,
     "kv_cache": KV_CACHES,
     "attention": ATTENTIONS,
+    "placement": PLACEMENTS,
     "endpoint": ENDPOINTS,
     "ignore_eos": ("auto", "true", "false"),
     "thinking": ("auto", "off"),

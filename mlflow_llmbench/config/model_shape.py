@@ -289,10 +289,23 @@ def memory_estimate(
     once. The KV cache is in the compute dtype unless `kv_value_bytes` gives the bytes per value. Attention that stores
     its whole score matrix (`eager`) needs more.
     """
+    besides = bytes_besides_weights(shape, quant, dtype, batch_size, prompt_tokens, output_tokens, kv_value_bytes)
+    return shape.weight_bytes(quant, dtype) + sum(besides)
+
+
+def bytes_besides_weights(
+    shape: Shape,
+    quant: str,
+    dtype: str,
+    batch_size: int,
+    prompt_tokens: int,
+    output_tokens: int,
+    kv_value_bytes: float | None = None,
+) -> tuple[int, int]:
+    """Bytes of the KV cache, and of logits and activations, at the peak of a run: the terms of `memory_estimate`."""
     cache = batch_size * shape.kv_bytes(prompt_tokens + output_tokens, kv_value_bytes or _value_bytes(quant, dtype))
     logits = batch_size * shape.vocab_size * 4
-    activations = 2 * batch_size * prompt_tokens * max(shape.intermediate_size, 3 * shape.hidden_size) * 4
-    return shape.weight_bytes(quant, dtype) + cache + logits + activations
+    return cache, logits + 2 * batch_size * prompt_tokens * max(shape.intermediate_size, 3 * shape.hidden_size) * 4
 
 
 def load_memory_estimate(shape: Shape, quant: str = "none", dtype: str = "bfloat16") -> int:

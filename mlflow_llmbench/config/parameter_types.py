@@ -139,6 +139,10 @@ class RunParameters(SharedParameters, total=False):
     tensor_parallel: int | str | Sequence[int | str]
     """ranks that share every layer: one process for each, and one GPU for each where the device is a GPU"""
 
+    placement: str | Sequence[str]
+    """single (the model on one device), or auto: its layers over the visible devices, then host memory, then the
+    disk"""
+
     worker_python: str | PathLike[str] | None
     """Python of another environment to run the worker with; none = the Python of this command"""
 

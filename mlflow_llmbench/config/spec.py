@@ -33,12 +33,19 @@ from .choices import GRIDS, SLOS
 from .parsers import JSON_KINDS, OF_A_MACHINE, PARSERS, _parse_choice
 from .request_fields import LONGEST as LONGEST_JSON
 from .request_fields import as_json
-from .validation import check_cluster, check_find, check_offline_baseline, check_ranks, check_together
+from .validation import (
+    check_cluster,
+    check_find,
+    check_offline_baseline,
+    check_placement,
+    check_ranks,
+    check_together,
+)
 
 IN_PROCESS_ONLY = (
     "weights", "revision", "backend", "group_size", "quant_budget", "quant_plan", "int8_threshold", "double_quant",
-    "prune", "batch_size", "device", "threads", "tensor_parallel", "gpu_layers", "kv_cache", "mmap", "attention",
-    "decode", "assistant", "draft_tokens", "trust_remote_code", "allow_pickle", "preset", "on", "force",
+    "prune", "batch_size", "device", "threads", "tensor_parallel", "placement", "gpu_layers", "kv_cache", "mmap",
+    "attention", "decode", "assistant", "draft_tokens", "trust_remote_code", "allow_pickle", "preset", "on", "force",
     "memory_limit", "quality", "quality_text", "quality_reference", "worker_python", "quality_tasks", "quality_limit",
 )  # fmt: skip
 """Parameters that have no meaning if another process runs the model."""
@@ -178,6 +185,7 @@ def parse(values: Mapping[str, object], recorded: bool = False) -> BenchSpec:
     check_together(axes)
     check_cluster(axes, options)
     check_ranks(axes, options)
+    check_placement(axes, options)
     return BenchSpec(axes, Options(**options))  # type: ignore[arg-type]
 
 

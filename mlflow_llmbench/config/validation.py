@@ -83,6 +83,22 @@ def check_ranks(axes: Mapping[str, tuple[object, ...]], options: Mapping[str, ob
         )
 
 
+def check_placement(axes: Mapping[str, tuple[object, ...]], options: Mapping[str, object]) -> None:
+    """Raise UsageError for what cannot be measured with a model that is laid out over several places."""
+    if "auto" not in axes["placement"]:
+        return
+    if options["on"] != "here":
+        raise UsageError(
+            f"placement=auto lays a model out over the free memory of this machine, and on={options['on']} measures on "
+            "others. Leave one of them out."
+        )
+    if options["quality_tasks"]:
+        raise UsageError(
+            "lm-eval moves the model to one device, and placement=auto keeps it in several places. "
+            "Leave quality_tasks out; quality=auto works."
+        )
+
+
 def _check_mixed(axes: Mapping[str, tuple[object, ...]]) -> None:
     """Require a budget or a plan, but not both, with quant=mixed only."""
     given = [name for name in ("quant_budget", "quant_plan") if axes[name] != (None,)]

@@ -19,7 +19,7 @@ from ..records.backends import capabilities_of
 from ..records.cell import Cell
 from ..records.errors import LlmbenchError
 from ..records.results import ModelFacts, hash16
-from ..system import estimate, machine
+from ..system import estimate, machine, placement
 from ..workloads.prompts import Text, load_prompts
 from . import supervise
 from .events import Report, Stage
@@ -40,7 +40,10 @@ def sibling(cell: Cell, named: str | None = None) -> Cell:
     runs in the command's own environment, so that all share one reference. `named` is a model requested as reference;
     its main revision is used.
     """
-    names = ("model", "weights", "revision", "backend", "device", "threads", "trust_remote_code", "allow_pickle")
+    names = (
+        "model", "weights", "revision", "backend", "device", "threads", "placement", "trust_remote_code",
+        "allow_pickle",
+    )  # fmt: skip
     own = Cell(**{name: getattr(cell, name) for name in names})
     own = dataclasses.replace(own, backend=capabilities_of(own.backend).reference or own.backend)
     return dataclasses.replace(own, model=named, revision="main", weights="hub") if named else own
@@ -123,7 +126,7 @@ def _compute(
     largest = dataclasses.replace(own, prompt_tokens=max(min(512, model.context or 512) - 32, 1), output_tokens=32)
     room = (None, "") if task.options.force else estimate.available_memory(own.device, limits.memory_bytes)
     refused = estimate.refusal(largest, model, estimate.predicted_bytes(largest, model, shape), room)
-    if refused:
+    if refused and own.placement != placement.AUTO:
         return refused.sentence
     report(Stage("reference"))
     log = task.folders[0] / "reference.log"

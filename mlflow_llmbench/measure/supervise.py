@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import selectors
+import shutil
 import signal
 import subprocess
 import time
@@ -34,7 +35,7 @@ from .events import CellAdded, Event, JobBegun, MemorySampled, RanksStarted, Rep
 from .journal import SERVER_LOG, EventLog, redact_log, write_bytes
 from .live_load import LiveLoad, live_load
 from .outcome import Clock, GroupOutcome
-from .task import WorkerJob
+from .task import OFFLOADED, WorkerJob
 
 SAMPLE_S = 0.05
 """Seconds between two samples of memory and CPU time."""
@@ -103,7 +104,9 @@ def run_worker(
     )
     try:
         assert process.stdin
-        told = dataclasses.replace(job, searches=more is not None, pauses=pause is not None)
+        told = dataclasses.replace(
+            job, searches=more is not None, pauses=pause is not None, memory_bytes=watch.limits.memory_bytes
+        )
         process.stdin.write(told.to_line().encode())
         process.stdin.flush()
         with EventLog(log_file.with_suffix(".jsonl"), durable=False) as watch.journal:
@@ -121,6 +124,7 @@ def run_worker(
         watch.drain()
     finally:
         watch.end()
+        forget_offloaded(job.folders[:1])
         redact_log(log_file)
         if isinstance(failure, WorkerTimeout) and watch.keeper and outcome.load is None:
             failure = WorkerTimeout(f"{failure} {log_end(job.folders[0] / SERVER_LOG)}")
@@ -130,6 +134,12 @@ def run_worker(
     elif not outcome.ended and not outcome.interrupted and outcome.error is None:
         outcome.fail(_sudden_end(process.returncode, outcome.stage, log_file))
     return outcome
+
+
+def forget_offloaded(folders: Sequence[Path]) -> None:
+    """Delete the weights that a worker, which has ended, has written into folders of cells."""
+    for folder in folders:
+        shutil.rmtree(folder / OFFLOADED, ignore_errors=True)
 
 
 def _keep_server_log(folders: Sequence[Path]) -> None:

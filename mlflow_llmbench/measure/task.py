@@ -62,6 +62,10 @@ class QualityOrder:
     most_documents: int | None = None
 
 
+OFFLOADED = "offloaded"
+"""Folder in that of a load's first cell for weights that the worker writes to the disk. The parent deletes it."""
+
+
 @dataclass(frozen=True)
 class WorkerJob:
     """The job of one worker process, which reads it as one line of JSON.
@@ -69,7 +73,7 @@ class WorkerJob:
     `task`: *prepare*, *resolve*, *measure*, *evaluate*, *reference* or *train* · `model`: None to resolve it ·
     `folders`: one for each cell · `searches`: True if the parent chooses further cells from the results · `pauses`:
     True if the worker waits after a cell until the parent has kept it · `training`: the order of a training (see
-    `backends.huggingface.qat`).
+    `backends.huggingface.qat`) · `memory_bytes`: host memory beyond which the parent ends the worker.
     """
 
     task: str
@@ -80,6 +84,7 @@ class WorkerJob:
     searches: bool = False
     pauses: bool = False
     training: Mapping[str, Any] | None = None
+    memory_bytes: int | None = None
 
     @property
     def threads(self) -> int:

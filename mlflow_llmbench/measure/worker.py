@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
-from ..backends.base import Backend, DecodingBackend, ServerBackend, backend_class
+from ..backends.base import Backend, DecodingBackend, PlacingBackend, ServerBackend, backend_class
 from ..backends.libraries import import_libraries
 from ..backends.parallel import ParallelBackend, device_of, host_of, rank_pids
 from ..records.backends import capabilities_of
@@ -29,7 +29,7 @@ from ..records.cell import Cell
 from ..records.codec import from_json
 from ..records.errors import LlmbenchError, MeasurementError, first_line
 from ..records.results import LoadInfo, ModelFacts
-from ..system import machine, memory
+from ..system import machine, memory, placement
 from ..workloads.prompts import PromptSet, load_prompts
 from . import events
 from .batch import compare_decoding, compare_replies, measure_cell, natural_lengths, time_forward, time_texts, turns_of
@@ -38,7 +38,7 @@ from .journal import SERVER_LOG, EventLog
 from .logits import check_logits
 from .online import measure_server
 from .stream import measure_stream
-from .task import QualityOrder, WorkerJob
+from .task import OFFLOADED, QualityOrder, WorkerJob
 
 LINES_PER_MESSAGE = 3
 """Times that one log message is written. bitsandbytes logs one per matrix product, 100 000 in a minute."""
@@ -105,13 +105,21 @@ def _resolve(job: WorkerJob, send: Report) -> None:
 
 def _measure_group(job: WorkerJob, send: Report) -> None:
     """Load the model, measure the cells, evaluate the quality, and unload."""
-    cells, facts = job.cells, job.facts
-    kind = backend_class(cells[0].backend)
     send(Stage("starting"))
-    import_libraries(kind.capabilities, job.threads)
-    backend = kind(cells[0], facts)
-    with _ranks(backend, cells[0], send):
+    backend = _backend(job)
+    with _ranks(backend, job.cells[0], send):
         _measure_cells(backend, job, send)
+
+
+def _backend(job: WorkerJob) -> Backend:
+    """Import the libraries of a job's backend, and make it."""
+    kind, cell = backend_class(job.cells[0].backend), job.cells[0]
+    import_libraries(kind.capabilities, job.threads)
+    backend = kind(cell, job.facts)
+    if cell.placement == placement.AUTO and "placement" in kind.capabilities.parameters:
+        needs = placement.working(job.cells, job.facts, job.quality is not None)
+        cast(PlacingBackend, backend).make_room(job.memory_bytes, needs, job.folders[0] / OFFLOADED)
+    return backend
 
 
 def _measure_cells(backend: Backend, job: WorkerJob, send: Report) -> None:
@@ -219,12 +227,9 @@ def _evaluate(backend: Backend, order: QualityOrder, context: int | None, send: 
 
 def _loaded(job: WorkerJob, send: Report) -> tuple[Backend, ModelFacts, LoadInfo]:
     """Load the model of a job's first cell without measuring it."""
-    cell, facts = job.cells[0], job.facts
-    kind = backend_class(cell.backend)
-    import_libraries(kind.capabilities, job.threads)
-    backend = kind(cell, facts)
+    backend = _backend(job)
     send(Stage("loading"))
-    return backend, facts, backend.load()
+    return backend, job.facts, backend.load()
 
 
 def _evaluate_alone(job: WorkerJob, send: Report) -> None:

@@ -99,6 +99,9 @@ class Cell:
         1, "ranks that share every layer: one process for each, and one GPU for each where the device is a GPU",
         "count", "model", metavar="RANKS", sweep=True, high=64, scenarios="offline batching",
         backend_specific=True).field()
+    placement: str = Parameter(
+        "single", "single (the model on one device), or auto: its layers over the visible devices, then host memory, "
+        "then the disk", "placement", "model", sweep=True, scenarios="offline batching", backend_specific=True).field()
     worker_python: str | None = Parameter(
         None, "Python of another environment to run the worker with; none = the Python of this command", "interpreter",
         "model", unset="none", scenarios="offline batching").field()

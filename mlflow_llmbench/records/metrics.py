@@ -162,6 +162,12 @@ RANK_DEVICE = Metric(
     "GB", ("loaded", "peak"), "lower")
 RANK_WEIGHTS = Metric("memory", "rank_weight_gb", "several ranks: weight_gb of the rank that holds most",
                       "GB", better="lower")
+WEIGHTS_ON_GPUS = Metric("memory", "weight_gpus_gb", "placement=auto: the part of weight_gb on GPUs", "GB")
+WEIGHTS_ON_HOST = Metric("memory", "weight_host_gb", "placement=auto: the part in host memory", "GB",
+                         ("",), "", "weights in host memory", places=(Line(121),))
+WEIGHTS_ON_DISK = Metric(
+    "memory", "weight_disk_gb", "placement=auto: the part on the disk, which each pass reads", "GB",
+    ("",), "lower", "weights on the disk", "disk GB", places=(Column(101), Line(122)))
 PREDICTED_MEMORY = Metric("memory", "predicted_gb", "peak estimated before anything was loaded", "GB")
 PREDICTED_LOADING = Metric(
     "memory", "predicted_loading_gb", "peak of the load, estimated before anything was loaded", "GB")
@@ -428,6 +434,7 @@ TURN_PREFILLED_TOKENS = Series("steps", "turn_prefilled_tokens", "the same: mean
 RANK_HOST_PEAKS = Series("steps", "rank_host_needed_gb", "step = rank (from 0): its peak needed host memory", "GB")
 RANK_DEVICE_PEAKS = Series("steps", "rank_device_gb", "the same: its peak device memory", "GB")
 RANK_WEIGHT_PARTS = Series("steps", "rank_weight_gb", "the same: the parameters that it holds", "GB")
+GPU_WEIGHT_PARTS = Series("steps", "gpu_weight_gb", "placement=auto: step = GPU: parameters that lie on it", "GB")
 HOST_RSS_SAMPLES = Series("steps", "host_rss_gb", "step = sample", "GB")
 DEVICE_SAMPLES = Series("steps", "device_gb", "step = sample", "GB")
 WORKER_CPU = Series(

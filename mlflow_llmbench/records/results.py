@@ -59,6 +59,19 @@ class RankLoad:
 
 
 @dataclass(frozen=True)
+class PlacedPart:
+    """Part of a model that lies in one place: `cuda:N`, `cpu` (host memory) or `disk`.
+
+    `weight_bytes`: parameters and buffers, tied ones once · `modules`: names of the outermost modules that lie there;
+    "" is the whole model.
+    """
+
+    place: str
+    weight_bytes: int
+    modules: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class LoadInfo:
     """Properties of the model as loaded. `facts` become dotted params (`quant.kernel`, `model.dtype`, …)."""
 
@@ -79,6 +92,7 @@ class LoadInfo:
     made: str | None = None  # file or folder that was run, if made from the checkpoint or one file of a repository
     devices: int | None = field(default=None, metadata=OMITTED)  # that hold the model, if several
     ranks: tuple[RankLoad, ...] | None = field(default=None, metadata=OMITTED)  # if several
+    placement: tuple[PlacedPart, ...] | None = field(default=None, metadata=OMITTED)  # with placement=auto
 
 
 CONTENT, REASONING, TOOLS, REFUSAL = "content", "reasoning", "tools", "refusal"
@@ -431,6 +445,8 @@ class RunResult:
     failure: Failure | None = None
     predicted_bytes: int | None = None
     predicted_load_bytes: int | None = None  # None for results of earlier versions too
+    # with placement=auto: place → bytes of weights that the plan expected there
+    predicted_placement: Mapping[str, int] | None = field(default=None, metadata=OMITTED)
     price_per_hour: float | None = None
     compile_s: float | None = None  # for this cell's shape, before its first call; None where nothing is compiled
     # Per row of the first repetition: output tokens before the first that differs from plain decoding.

@@ -38,6 +38,7 @@ from ..records.text import number_text, short_number_text
 from ..stats import classify_outliers
 from ..workloads.prompts import MIXED
 from .escaping import code_block, markdown, plain
+from .layout import layout_sections
 from .tables import MISSING, markdown_table, split_table, text_table
 
 Metrics = Mapping[str, float]
@@ -295,6 +296,7 @@ def report_markdown(result: RunResult, metrics: Metrics, verdict: Verdict | None
             "## What was loaded",
             markdown_table(["fact", "value"], [[k, str(v)] for k, v in result.load.facts.items()]),
         ]
+    parts += layout_sections(result)
     if result.repetitions:
         parts += ["## Repetitions", _repetitions_table(result)]
     if result.warmup_s:

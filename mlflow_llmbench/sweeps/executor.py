@@ -14,7 +14,7 @@ from ..measure.events import Event
 from ..measure.outcome import GroupOutcome
 from ..measure.task import Task
 from ..records.cell import Cell, Options
-from ..system import estimate, machine
+from ..system import estimate, machine, placement
 from ..system.estimate import AvailableMemory
 
 OnEvent = Callable[[Task, Event], None]
@@ -33,13 +33,15 @@ class MachineFacts:
 
     `environment`: fingerprint of the machine, or of one of them if there are several · `env_hashes`: of all of them ·
     `memory`: available memory by value of `device`; a device that it lacks has no limit · `rates`: best rates measured
-    before (see `machine.known_peaks`).
+    before (see `machine.known_peaks`) · `rooms`: by value of `device`, the places that a model can be laid out over
+    (see `placement.rooms`).
     """
 
     environment: Mapping[str, Any]
     env_hashes: tuple[str, ...]
     memory: Mapping[str, AvailableMemory] = field(default_factory=dict)
     rates: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    rooms: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 def this_machine(options: Options, devices: Iterable[str]) -> MachineFacts:
@@ -50,7 +52,8 @@ def this_machine(options: Options, devices: Iterable[str]) -> MachineFacts:
     environment = machine.environment()
     limit, _ = estimate.memory_limit(options.memory_limit)
     memory = {} if options.force else {device: estimate.available_memory(device, limit) for device in devices}
-    return MachineFacts(environment, (environment["hashes"]["env"],), memory, machine.known_peaks())
+    rooms = {device: placement.rooms(device, limit) for device in memory}
+    return MachineFacts(environment, (environment["hashes"]["env"],), memory, machine.known_peaks(), rooms)
 
 
 class Executor(Protocol):

@@ -88,6 +88,7 @@ def write_job(job: Job) -> None:
         "name": planned.name,
         "predicted": planned.predicted_bytes,
         "predicted_load": planned.predicted_load_bytes,
+        "predicted_placement": planned.predicted_placement,
         "started_ms": job.started_ms,
         "environment": planned.environment,
     }
@@ -107,6 +108,7 @@ def read_job(folder: Path) -> Job:
             known["predicted"],
             environment=known.get("environment"),
             predicted_load_bytes=known.get("predicted_load"),
+            predicted_placement=known.get("predicted_placement"),
         )
         return Job(planned, folder, started_ms=known["started_ms"])
     except (OSError, ValueError, KeyError, TypeError) as error:

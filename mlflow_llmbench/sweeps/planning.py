@@ -18,11 +18,14 @@ from ..config.backend_checks import check_declared
 from ..config.cells import cell_name, config_hash, expand_cells, group_cells, sweep_name
 from ..config.spec import BenchSpec
 from ..measure import interpreter, quality_order, quality_reference
+from ..records.backends import capabilities_of
 from ..records.cell import Cell, Options
 from ..records.errors import MissingError, UsageError
+from ..records.invocation import parameter_text
 from ..records.results import Hashes, ModelFacts
-from ..system import estimate
+from ..system import estimate, placement
 from ..system.estimate import Refusal
+from ..system.placement import Layout, Working
 from ..workloads.prompts import PromptSet, prompts_of
 from .executor import MachineFacts, this_machine
 
@@ -36,8 +39,8 @@ class PlannedCell:
 
     `name` is that of its run, `folder` that of its files, unique in the sweep. `predicted_bytes` is the predicted peak
     memory, `predicted_load_bytes` that of the load alone, and `least_s` a lower bound of its seconds, all None if
-    unknown. `environment` is that of the worker's
-    interpreter, None if it is the command's. `refusal` is None if the cell will be tried.
+    unknown. `predicted_placement` maps places to bytes of weights, with placement=auto. `environment` is that of the
+    worker's interpreter, None if it is the command's. `refusal` is None if the cell will be tried.
     """
 
     cell: Cell
@@ -50,6 +53,7 @@ class PlannedCell:
     refusal: Refusal | None = None
     environment: Mapping[str, Any] | None = None
     predicted_load_bytes: int | None = None
+    predicted_placement: Mapping[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,8 @@ class Plan:
         spec = dataclasses.replace(self.spec, axes={**self.spec.axes, "request_rate": rates})
         resolved = _Resolved(origin.model, config_hash(cell, origin.model))
         folder = _folder(resolved.config_hash, sum(one.hashes.config == resolved.config_hash for one in self.cells))
-        new = _planned_cell(cell, cell_name(cell, spec.varied), folder, resolved, self.prompts, self.machine)
+        name = cell_name(cell, spec.varied)
+        new = _planned_cell(cell, name, folder, resolved, self.prompts, self.machine, None)
         groups = tuple((*group, new) if origin in group else group for group in self.groups)
         return dataclasses.replace(self, spec=spec, cells=(*self.cells, new), groups=groups)
 
@@ -174,11 +179,17 @@ def _plan(
     """Plan cells, given with the names of their runs; `groups` are their positions. Raises as `plan` does."""
     prompts = prompts_of(cell for cell, _ in cells)
     quality_order.require(spec.options)
+    scores = spec.options.quality != "none"
+    needs: dict[int, Working | None] = {}  # a layout is that of a group
+    for group in groups:
+        sharing = [cells[number][0] for number in group]
+        needs |= dict.fromkeys(group, placement.working(sharing, resolved[sharing[0]].model, scores))
     planned: list[PlannedCell] = []
     known = Counter[str]()  # configuration → how many cells have it so far
-    for cell, name in cells:
+    for number, (cell, name) in enumerate(cells):
         config = resolved[cell].config_hash
-        planned.append(_planned_cell(cell, name, _folder(config, known[config]), resolved[cell], prompts, machine))
+        folder = _folder(config, known[config])
+        planned.append(_planned_cell(cell, name, folder, resolved[cell], prompts, machine, needs[number]))
         known[config] += 1
     refusals = [one.refusal for one in planned if one.refusal and one.refusal.kind in ("context", "settings")]
     if len(refusals) == len(planned):
@@ -194,16 +205,16 @@ def _planned_cell(
     resolved: _Resolved,
     prompts: Mapping[str, PromptSet],
     machine: MachineFacts,
+    needs: Working | None,
 ) -> PlannedCell:
+    """Plan one cell; `needs` is what the cells of its group need besides weights."""
     model = resolved.model
     shape = model_shape.Shape.from_config(model.config) if model.config else None
     environment = interpreter.environment_of(cell, machine.environment)
     own = environment["hashes"]
     vocab_size = shape.vocab_size if shape else resolved.vocab_size
     workload = prompts[cell.workload].digest(cell, vocab_size)
-    predicted = estimate.predicted_bytes(cell, model, shape)
-    loading = estimate.predicted_load_bytes(cell, model, shape)
-    room = machine.memory.get(cell.device, (None, ""))
+    outlook = _outlook(cell, model, shape, machine, needs)
     rates = machine.rates.get(f"{own['hardware']} {cell.device} {cell.threads or 'auto'}", {})
     return PlannedCell(
         cell,
@@ -211,12 +222,57 @@ def _planned_cell(
         Hashes(resolved.config_hash, workload, own["hardware"], own["software"], own["env"]),
         name,
         folder,
-        predicted,
+        outlook.predicted,
         estimate.least_seconds(cell, model, shape, rates),
-        resolved.lacking or _backend_refusal(cell, model) or estimate.refusal(cell, model, predicted, room, loading),
+        resolved.lacking or _backend_refusal(cell, model) or outlook.refusal,
         environment if cell.worker_python else None,
-        loading,
+        outlook.loading,
+        outlook.layout.weights if outlook.layout else None,
     )
+
+
+@dataclass(frozen=True)
+class _Outlook:
+    """What is foreseen of a cell's memory: its peak, that of the load, its layout, and why it cannot be measured."""
+
+    predicted: int | None = None
+    loading: int | None = None
+    layout: Layout | None = None
+    refusal: Refusal | None = None
+
+
+def _outlook(
+    cell: Cell, model: ModelFacts, shape: model_shape.Shape | None, machine: MachineFacts, needs: Working | None
+) -> _Outlook:
+    rooms = machine.rooms.get(cell.device, {})
+    if cell.placement == placement.AUTO:
+        layout = placement.predict(cell, model, shape, rooms, needs)
+        refused = placement.refusal(cell, model, layout)
+        sizes = {"predicted": layout.needed, "loading": layout.loading} if layout else {}
+        return _Outlook(layout=layout, refusal=refused, **sizes)
+    predicted = estimate.predicted_bytes(cell, model, shape)
+    loading = estimate.predicted_load_bytes(cell, model, shape)
+    refused = estimate.refusal(cell, model, predicted, machine.memory.get(cell.device, (None, "")), loading)
+    if refused and refused.kind == "memory":
+        refused = estimate.with_way_out(refused, _way_out(cell, model, shape, rooms, needs))
+    return _Outlook(predicted, loading, None, refused)
+
+
+def _way_out(
+    cell: Cell,
+    model: ModelFacts,
+    shape: model_shape.Shape | None,
+    rooms: Mapping[str, int],
+    needs: Working | None,
+) -> str:
+    """Say that placement=auto would measure a cell that does not fit on its device, and where weights would lie."""
+    other = dataclasses.replace(cell, placement=placement.AUTO)
+    if "placement" not in capabilities_of(cell.backend).parameters or _backend_refusal(other, model):
+        return ""
+    layout = placement.predict(other, model, shape, rooms, needs)
+    if layout is None or layout.lacking:
+        return ""
+    return f"With {parameter_text('placement', 'auto')} its weights would lie in {placement.text(layout.weights)}."
 
 
 def _backend_refusal(cell: Cell, model: ModelFacts) -> Refusal | None:

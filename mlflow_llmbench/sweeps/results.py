@@ -134,6 +134,7 @@ def empty_result(job: Job, spec: BenchSpec, environment: Mapping[str, Any], word
         environment,
         predicted_bytes=job.planned.predicted_bytes,
         predicted_load_bytes=job.planned.predicted_load_bytes,
+        predicted_placement=job.planned.predicted_placement,
         price_per_hour=spec.options.price_per_hour,
         nominal_bandwidth=spec.options.nominal_bandwidth,
         sweep=job.folder.parent.name,

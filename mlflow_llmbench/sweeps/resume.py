@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..analysis.layout import parts_of
 from ..analysis.repetitions import process_count
 from ..analysis.summary import summarize
 from ..analysis.verdict import judge
 from ..config.spec import BenchSpec
 from ..measure import journal, quality_order
 from ..records import reading
+from ..records.cell import PARAMETERS
 from ..records.errors import JournalError
 from ..records.invocation import command_text
 from ..records.reading import Unreadable
@@ -82,8 +84,24 @@ def _taken_over(found: RunResult, job: Job, spec: BenchSpec) -> RunResult:
 def _is_same(found: RunResult, job: Job, env_hashes: Sequence[str]) -> bool:
     """Return True if a whole result was measured, not taken over, with the configuration and workload of a job."""
     ours = [getattr(found.hashes, name) == getattr(job.planned.hashes, name) for name in ("config", "workload")]
-    is_own = not found.linked and not found.incomplete
+    is_own = not found.linked and not found.incomplete and _lay_alike(found, job)
     return found.schema == FORMAT and is_own and found.hashes.env in env_hashes and all(ours)
+
+
+MOVED = 0.1
+"""Largest share of the weights that may have lain elsewhere than the plan now expects, in a result that is reused."""
+
+
+def _lay_alike(found: RunResult, job: Job) -> bool:
+    """Return True unless a model was laid out otherwise than it would be now: free memory and its limit decide that."""
+    parts = {part.place: part.weight_bytes for part in parts_of(found)}
+    expected = job.planned.predicted_placement
+    if found.cell.placement == PARAMETERS["placement"].default:
+        return True
+    if not parts or expected is None:
+        return False
+    elsewhere = sum(max(size - expected.get(place, 0), 0) for place, size in parts.items())
+    return elsewhere <= MOVED * sum(parts.values())
 
 
 def _is_valid(found: RunResult) -> bool:

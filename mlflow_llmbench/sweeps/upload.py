@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from ..analysis.summary import Point, series
 from ..config.cells import asked_params, sweep_name
 from ..config.spec import BenchSpec, parse
-from ..measure import journal
+from ..measure import journal, supervise
 from ..measure.events import Event
 from ..measure.outcome import GroupOutcome, replay
 from ..measure.own_files import only_own_files
@@ -350,6 +350,7 @@ def recover(folder: Path) -> tuple[int, list[str]]:
     Returns how many cells had been measured, and a line for each file that cannot be read. Raises JournalError.
     """
     spec, known = read_sweep(folder)
+    supervise.forget_offloaded([*folder.glob("*")])
     for log in folder.glob("*/*.log"):
         journal.redact_log(log)
     problems: list[str] = []

@@ -257,20 +257,25 @@ BY_ALLOCATOR = "the allocator, without CUDA's context"
 
 
 class MemoryMeter:
-    """Device memory of this process as the driver sees it. Make one before the process uses CUDA.
+    """Device memory of this process on some GPUs as the driver sees it. Make one before the process uses CUDA.
 
-    Where the driver attributes no memory to processes, it is the free memory of the GPU that was lost since then, in
+    Where the driver attributes no memory to processes, it is their free memory that was lost since then, in
     which the memory of other processes can be. `source` says which it was at the last reading.
     """
 
-    def __init__(self, index: int) -> None:
-        self.index = index
-        self.free_before = free_bytes(index)
+    def __init__(self, *indices: int) -> None:
+        self.indices = indices
+        self.free_before = self._free()
         self.source = BY_ALLOCATOR
+
+    def _free(self) -> int | None:
+        """Return the free memory of the GPUs together; None if the driver does not tell that of one."""
+        found = [free_bytes(index) for index in self.indices]
+        return None if None in found else sum(size or 0 for size in found)
 
     def read(self) -> int | None:
         """Return the bytes; None if the driver tells neither."""
-        held, free = process_bytes(os.getpid()), free_bytes(self.index)
+        held, free = process_bytes(os.getpid()), self._free()
         if held is not None:
             self.source = BY_PROCESS
         elif free is not None and self.free_before is not None:
@@ -280,9 +285,10 @@ class MemoryMeter:
         return held
 
 
-def meter_of(device: str) -> MemoryMeter | None:
-    """Return a meter of a device; None for a CPU."""
-    return MemoryMeter(int(device.partition(":")[2] or 0)) if device.startswith("cuda") else None
+def meter_of(*devices: str) -> MemoryMeter | None:
+    """Return a meter of some devices together; None for a CPU."""
+    indices = [int(device.partition(":")[2] or 0) for device in devices if device.startswith("cuda")]
+    return MemoryMeter(*indices) if indices else None
 
 
 PCI_ORDER = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}

@@ -79,7 +79,10 @@ def predict(
 
 
 def _alike(here: Sequence[Measured], cell: Cell) -> list[Measured]:
-    return [m for m in here if (m.cell.quant, m.cell.tensor_parallel) == (cell.quant, cell.tensor_parallel)]
+    def setting(one: Cell) -> tuple[object, ...]:
+        return one.quant, one.tensor_parallel, one.placement
+
+    return [m for m in here if setting(m.cell) == setting(cell)]
 
 
 def _asked(parameters: Mapping[str, object], here: Sequence[Measured], hardware: Hardware | None) -> list[Cell]:

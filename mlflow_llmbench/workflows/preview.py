@@ -11,6 +11,7 @@ from ..records.cell import as_text
 from ..reports.tables import text_table
 from ..sweeps.planning import Plan, plan
 from ..sweeps.sweep import open_executor
+from ..system import placement
 from ..system.estimate import Refusal
 
 MOST_LINES = 100
@@ -31,12 +32,15 @@ def preview(**parameters: object) -> Plan:
 def format_preview(found: Plan) -> str:
     """Return the plan as text: a line per cell, the reasons for refusals, and the totals."""
     names = found.varied or ("model", "quant", "batch_size")
+    placed = any(planned.cell.placement == placement.AUTO for planned in found.cells)
     lines = []
     for planned in found.cells[:MOST_LINES]:
         size = None if planned.predicted_bytes is None else f"{planned.predicted_bytes / 1e9:.2f}"
         state = "refused" if planned.refusal else duration(planned.least_s)
-        lines.append([*(as_text(name, getattr(planned.cell, name)) for name in names), size, state])
-    rows = [text_table([*names, "memory GB", "at least"], lines, range(len(names), len(names) + 2))]
+        where = [placement.text(planned.predicted_placement or {}) or "–"] if placed else []
+        lines.append([*(as_text(name, getattr(planned.cell, name)) for name in names), size, state, *where])
+    heading = [*names, "memory GB", "at least", *(["weights in"] if placed else [])]
+    rows = [text_table(heading, lines, range(len(names), len(names) + 2))]
     if len(found.cells) > MOST_LINES:
         rows.append(f"… and {len(found.cells) - MOST_LINES} more; --json has all.")
     return "\n".join([*rows, "", *_refusals(found), _sums(found)])
@@ -93,6 +97,7 @@ def preview_json(found: Plan) -> dict[str, Any]:
             "parameters": {name: as_text(name, value) for name, value in vars(p.cell).items()},
             "predicted_bytes": p.predicted_bytes,
             "predicted_load_bytes": p.predicted_load_bytes,
+            "predicted_placement": p.predicted_placement,
             "least_s": p.least_s,
             "refused": p.refusal.sentence if p.refusal else None,
         }

@@ -91,7 +91,7 @@ def test_names_that_are_cut_still_tell_cells_apart() -> None:
 OFFLINE = {
     "model", "weights", "revision", "backend", "quant", "batch_size", "prompt_tokens", "output_tokens", "workload",
     "history", "warmup", "repetitions", "max_repetitions", "precision_target", "processes", "device", "threads",
-    "tensor_parallel", "attention", "kv_cache", "decode", "seed", "trust_remote_code", "allow_pickle",
+    "tensor_parallel", "placement", "attention", "kv_cache", "decode", "seed", "trust_remote_code", "allow_pickle",
 }  # fmt: skip
 ONLINE = {
     "model", "backend", "prompt_tokens", "output_tokens", "workload", "history", "warmup", "repetitions",
@@ -110,7 +110,7 @@ SERVED = {"backend": "openai", "url": "http://h"}
         ({"quant": "gptq"}, OFFLINE | {"group_size"}),
         ({"quant": "mixed", "quant_budget": "5"}, OFFLINE | {"quant_budget"}),
         ({"decode": "assisted", "assistant": "m"}, OFFLINE | {"assistant", "draft_tokens"}),
-        ({"backend": "llama_cpp"}, OFFLINE - {"tensor_parallel"} | {"gpu_layers", "mmap"}),
+        ({"backend": "llama_cpp"}, OFFLINE - {"tensor_parallel", "placement"} | {"gpu_layers", "mmap"}),
         ({"batching": "static", "request_rate": 1.0}, OFFLINE | {"batching", "request_rate", "arrival", "requests"}),
         (SERVED, ONLINE),
         ({**SERVED, "endpoint": "chat", "headers": "{}"}, ONLINE | {"thinking", "headers"}),
@@ -193,3 +193,25 @@ def test_what_is_not_measured_in_ranks(given: dict[str, str], message: str) -> N
     with pytest.raises(UsageError, match=message):
         parse({"tensor_parallel": "1,2", **given})
     parse({"tensor_parallel": "1", **({} if "backend" in given else given)})
+
+
+def test_a_placement_is_left_out_of_an_identity_at_its_default_and_loads_apart() -> None:
+    one, two = expand_cells(parse({"model": "m", "placement": "single,auto"}))
+    assert (one.placement, two.placement) == ("single", "auto") and len(group_cells([one, two])) == 2
+    facts = ModelFacts("m", "folder", "/m", "r")
+    assert config_hash(one, facts) == config_hash(Cell(model="m"), facts) != config_hash(two, facts)
+    assert cell_name(two) == "m none b1 placement=auto 128+128" and not needs_no_less(two, one)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"backend": "fake"}, r"^placement is a setting of transformers, which does not run every cell\. Give "),
+        ({"on": "ray"}, r"^placement=auto lays a model out over the free memory of this machine, and on=ray measures "),
+        ({"quality_tasks": "arc_easy"}, r"^lm-eval moves the model to one device, and placement=auto keeps it in "),
+        ({"placement": "single,everywhere"}, r"^Unknown placement: everywhere\. Known: single, auto\."),
+    ],
+)
+def test_what_a_placement_excludes(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse({"placement": "single,auto", **given})

@@ -45,6 +45,7 @@ def test_defaults_are_those_of_the_vocabulary() -> None:
         "device": "auto",
         "threads": "auto",
         "tensor_parallel": "1",
+        "placement": "single",
         "worker_python": "none",
         "attention": "auto",
         "decode": "generate",

@@ -94,7 +94,9 @@ def runs_of(uri: str, sweep: str) -> dict[str, Run]:
     return {str(one.info.run_name): one for one in found}
 
 
-NEWER = {"tensor_parallel": "1", "ignore_eos": "auto", "max_tokens_field": "auto", "temperature": "0"}
+NEWER = {
+    "tensor_parallel": "1", "placement": "single", "ignore_eos": "auto", "max_tokens_field": "auto", "temperature": "0",
+}  # fmt: skip
 """Parameters that the old version did not have, with their defaults."""
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mlflow_llmbench.measure.task import QualityOrder, WorkerJob
+from mlflow_llmbench.measure import supervise
+from mlflow_llmbench.measure.task import OFFLOADED, QualityOrder, WorkerJob
 from mlflow_llmbench.measure.worker import TASKS
 from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.results import ModelFacts
@@ -45,3 +46,16 @@ def test_a_job_comes_back_from_its_line(job: WorkerJob) -> None:
 def test_threads_are_those_of_the_first_cell_or_all_physical_cores() -> None:
     assert WorkerJob("measure", (Cell("m", threads=3), Cell("m", threads=5))).threads == 3
     assert WorkerJob("measure", (Cell("m"),)).threads == machine.physical_cores()
+
+
+@pytest.mark.parametrize("fault", ["kill", "crash", "none"])
+def test_weights_that_a_worker_wrote_to_the_disk_are_gone_after_its_end(tmp_path: Path, fault: str) -> None:
+    model = "fake:" if fault == "none" else f"fake:fail={fault}"
+    cell = Cell(model, backend="fake", prompt_tokens=4, output_tokens=2, warmup=1, repetitions=5)
+    written = tmp_path / "cell" / OFFLOADED / "weight.safetensors"
+    written.parent.mkdir(parents=True)
+    written.write_text("as a worker with placement=auto has left it")
+    job = WorkerJob("measure", (cell,), ModelFacts(model, "none", model, "r"), (tmp_path / "cell",))
+    outcome = supervise.run_worker(job, tmp_path / "cell" / "worker.log", limits=supervise.Limits(memory_bytes=10**10))
+    assert outcome.ended == (fault == "none") and not written.parent.exists()
+    assert (tmp_path / "cell" / "worker.jsonl").exists()

@@ -444,6 +444,7 @@ def test_each_quantization_becomes_its_recipe() -> None:
         ("decode", "compiled", "decode=compiled cannot be served yet"),
         ("kv_cache", "fp8", "kv_cache=fp8 cannot be served yet"),
         ("tensor_parallel", 2, "tensor_parallel=2 cannot be served yet: the registered model runs in one process"),
+        ("placement", "auto", "placement=auto cannot be served yet: the registered model lies on one device"),
         ("quant", "int8-wo", "quant=int8-wo cannot be registered yet"),  # its load says no method
         ("quant", "gptq", "does not say where its model files are"),
         (

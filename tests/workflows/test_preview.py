@@ -22,7 +22,7 @@ from mlflow_llmbench.records.errors import MissingError, UsageError
 from mlflow_llmbench.records.results import ModelFacts
 from mlflow_llmbench.sweeps.executor import MachineFacts
 from mlflow_llmbench.sweeps.planning import plan
-from mlflow_llmbench.system import estimate, machine
+from mlflow_llmbench.system import estimate, machine, placement
 from mlflow_llmbench.system.estimate import Refusal
 from mlflow_llmbench.workflows import preview
 
@@ -228,6 +228,26 @@ def test_the_plan_says_cells_memory_time_and_refusals(
     assert 0 <= data["tried"] < 12
     assert all(cell["least_s"] > 0 for cell in data["cells"])
     assert any("cells would be refused (memory): opt-125m with quant=fp32" in line for line in lines)
+
+
+def test_the_plan_names_placement_where_a_model_does_not_fit_and_says_what_would_lie_where(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = ["plan", "--model", "opt-125m", "--weights", "random", "--device", "cpu", "--memory-limit", "600MB"]
+    assert main([*given, "--quant", "bf16", "--placement", "single,auto", "--json"]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    single, auto = json.loads(last)["cells"]
+    where = auto["predicted_placement"]
+    assert [*where] == ["cpu", "disk"] and sum(where.values()) == pytest.approx(250.5e6, rel=0.01)
+    assert min(where.values()) > 0 and auto["refused"] is None and auto["predicted_bytes"] <= 600e6
+    said = placement.text(where)
+    assert lines[2].startswith("auto") and lines[2].endswith(said) and lines[1].endswith("–")
+    assert single["predicted_placement"] is None
+    assert single["refused"].endswith(f" With --placement auto its weights would lie in {said}.")
+    assert main([*given, "--quant", "int8"]) == 0  # packed weights have no such way
+    assert "placement" not in capsys.readouterr().out
+    assert main([*given[:-1], "500MB", "--quant", "bf16", "--placement", "auto", "--batch-size", "64"]) == 0
+    assert "of memory even with placement=auto, for the process, the KV cache" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pathlib import PurePath
 from typing import Any
 
 from ...records.backends import CHECKPOINT, GGUF_FILE, Serving, recorded_capabilities, served_libraries
+from ...records.cell import Cell
 from ...records.errors import UsageError
 from ...records.metric import GB, Tag
 from ...records.metrics import PEAK_MEMORY, SCHEMA, shown_in
@@ -190,12 +191,22 @@ def _refuse(result: RunResult, evidence: Evidence) -> None:
             f"history={cell.history} cannot be served: the registered model keeps nothing from one request to the "
             "next. Measure with history=recomputed."
         )
+    _refuse_settings(cell, from_file)
+
+
+def _refuse_settings(cell: Cell, from_file: bool) -> None:
+    """Raise UsageError for how the model was run, if a registered version would run otherwise."""
     if cell.kv_cache is not None and not from_file:
         raise UsageError(f"kv_cache={cell.kv_cache} cannot be served yet. Measure with kv_cache=auto.")
     if cell.tensor_parallel > 1:
         raise UsageError(
             f"tensor_parallel={cell.tensor_parallel} cannot be served yet: the registered model runs in one process. "
             "Measure with tensor_parallel=1."
+        )
+    if cell.placement != "single":
+        raise UsageError(
+            f"placement={cell.placement} cannot be served yet: the registered model lies on one device. "
+            "Measure with placement=single."
         )
     if cell.decode not in SERVED_DECODES:
         raise UsageError(f"decode={cell.decode} cannot be served yet. Measure with decode={', '.join(SERVED_DECODES)}.")

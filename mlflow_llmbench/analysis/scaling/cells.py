@@ -13,6 +13,7 @@ from ...records.cell import Cell, differing
 from ...records.metrics import PROMPT_TOKENS, TTFT
 from ...records.results import RunResult, Verdict
 from ..comparison import UNNAMED
+from ..layout import moved
 from ..repetitions import PER_REPETITION, unit_values
 from ..summary import hardware_name, summarize
 from ..verdict import judge
@@ -102,6 +103,8 @@ def select_usable(
             left_out.append(f"{name}: {why}")
         elif result.cell.batching:
             left_out.append(f"{name}: a stream of requests; the laws hold for batches of one shape")
+        elif away := moved(result):
+            left_out.append(f"{name}: {away}; the laws hold for models in one place")
         elif not result.repetitions:
             left_out.append(f"{name}: no repetitions")
         else:

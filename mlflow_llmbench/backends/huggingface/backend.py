@@ -22,12 +22,14 @@ from ...records.mixed_plan import QuantPlan
 from ...records.quantizations import FLOAT_DTYPES, MIXED, SCHEMES, UNPACKED, schemes_of
 from ...records.results import LoadInfo, ModelFacts
 from ...system import gpu, machine
+from ...system.placement import AUTO, Working
 from ...workloads.conversations import turn_texts
+from .. import accelerator
 from ..base import CHECKPOINT, Capabilities, DeviceMemory, Emit, Token
 from ..checkpoints import files, sources
 from ..parallel import RankMemory
 from ..peak_rates import device_cache_bytes, measure_peaks
-from . import decoding, logits, mixed, pruning, quantization, recipe, sharding
+from . import decoding, logits, mixed, placing, pruning, quantization, recipe, sharding
 from .continuous import ContinuousEngine
 from .decoding import DecodePath, History
 from .inspection import Inspection, inspect_model, touch, verify, verify_plan
@@ -56,7 +58,7 @@ class TransformersBackend:
         attentions=ATTENTIONS,
         decodes=DECODES,
         kv_caches=tuple(decoding.KV_BACKENDS),
-        parameters=("tensor_parallel", "prune"),
+        parameters=("tensor_parallel", "prune", "placement"),
         serving=CHECKPOINT,
     )
 
@@ -65,7 +67,9 @@ class TransformersBackend:
         self.facts = model
         self.rank = rank
         self.device = sharding.device_of(machine.require_device(cell.device), cell, rank)
-        self.meter = gpu.meter_of(self.device)
+        self.devices = placing.devices_of(cell, self.device)
+        self.meter = gpu.meter_of(*self.devices)
+        self.room: dict[str, Any] = {}  # arguments of `placing.keywords`
         self.model: Any = None
         self.tokenizer: Any = None
         self.path: DecodePath | None = None
@@ -105,7 +109,7 @@ class TransformersBackend:
     @classmethod
     def refusal(cls, cell: Cell, model: ModelFacts) -> str | None:
         """Say why a cell cannot be measured with this model, and what to do; None if it can."""
-        return sharding.refusal(cell, model)
+        return placing.refusal(cell, model) or sharding.refusal(cell, model)
 
     @classmethod
     def prepare(cls, cell: Cell, model: ModelFacts) -> None:
@@ -159,7 +163,7 @@ class TransformersBackend:
                 self.model.to(self.device)
             touch(self.model)  # part of the load: only now is a mapped checkpoint read from the disk
             assistant = self._load_assistant(dtype)
-        self._synchronise()
+        accelerator.synchronise(self.devices)
         self.load_s = time.perf_counter() - started
         # Neutral settings: no end-of-sequence token or sampling default of the checkpoint changes length or cost.
         self.ends = decoding.end_ids(self.model)
@@ -169,6 +173,7 @@ class TransformersBackend:
         found = inspect_model(self.model)
         verify(self.cell.quant, self.device, found)
         sharding.verify(self.cell, self.model)
+        placing.verify(self.cell, self.device, self.model)
         self.pruned = pruning.facts(self.cell, self.facts) | pruning.verify(self.cell, self.facts, self.model)
         if self.plan:
             verify_plan(self.plan.modules, self.model)
@@ -228,6 +233,7 @@ class TransformersBackend:
             "local_files_only": True,
             "trust_remote_code": self.cell.trust_remote_code,
             **sharding.load_keywords(self.cell),
+            **(placing.keywords(self.cell, **self.room) if self.room else {}),
         }
         if self.cell.attention != "auto":
             keywords["attn_implementation"] = self.cell.attention
@@ -242,6 +248,7 @@ class TransformersBackend:
         compute = self.model.get_input_embeddings().weight.dtype
         shape = model_shape.Shape.from_config(config.to_dict())
         maker = quantization.checkpoint_maker_of(self.cell)
+        placed = placing.parts(self.model) if self.cell.placement == AUTO else ()
         facts: dict[str, str | int | float] = {
             "model.parameters": found.parameters,
             "model.dtype": str(compute).removeprefix("torch."),
@@ -253,6 +260,7 @@ class TransformersBackend:
             else "false",
             "model.attention": str(getattr(config, "_attn_implementation", "unknown")),
             "model.device": found.device,
+            **placing.facts(placed),
             **({"memory.device_source": self.meter.source} if self.meter else {}),
             **({} if found.linear_bits is None else {"quant.bits_per_weight": round(found.linear_bits, 3)}),
             "quant.kernel": recipe.kernel(found.linear_classes),
@@ -278,6 +286,7 @@ class TransformersBackend:
             mapped_weight_bytes=found.mapped_bytes,
             quant_plan=self.plan,
             made=sources.local_files(self.cell, self.facts)[0] if maker or self.facts.pruned else None,
+            placement=placed or None,
         )
 
     # Generating
@@ -338,9 +347,9 @@ class TransformersBackend:
             if not self._checked_late:
                 streamer = stack.enter_context(late_check(self.model, streamer))
                 self._checked_late = True
-            ids, mask = ids.to(self.model.device), mask.to(self.model.device)
+            ids, mask = ids.to(self.device), mask.to(self.device)
             self.model.generate(ids, attention_mask=mask, generation_config=settings, streamer=streamer, **arguments)
-            self._synchronise()
+            accelerator.synchronise(self.devices)
 
     @contextlib.contextmanager
     def watch_logits(self) -> Iterator[logits.Watch]:
@@ -397,9 +406,9 @@ class TransformersBackend:
 
         ids, mask = decoding.padded(prompts)
         with foreign_errors("computing a forward pass"), torch.inference_mode():
-            ids, mask = ids.to(self.model.device), mask.to(self.model.device)
+            ids, mask = ids.to(self.device), mask.to(self.device)
             self.model(input_ids=ids, attention_mask=mask, use_cache=True, **self._keeping(1))
-            self._synchronise()
+            accelerator.synchronise(self.devices)
 
     def _keeping(self, last: int) -> dict[str, int]:
         """Return the argument by which most models skip the output head for all but the last ids."""
@@ -413,7 +422,7 @@ class TransformersBackend:
         # The output head at 262,144 words would take most of the memory.
         keep = self._keeping(1 if through_cache else last)
         with self._together("logits", list(ids), last), foreign_errors("scoring"), torch.inference_mode():
-            batch = batch.to(self.model.device)
+            batch = batch.to(self.device)
             mask = torch.ones_like(batch)
             if through_cache:
                 assert self.path
@@ -421,7 +430,10 @@ class TransformersBackend:
             found: torch.Tensor = self.model(input_ids=batch, attention_mask=mask, use_cache=False, **keep).logits
             return found[0, -last:]
 
-    # Ranks
+    # Several devices
+
+    def make_room(self, host_bytes: int | None, needs: Working | None, folder: Path) -> None:
+        self.room = {"limit": host_bytes, "needs": needs, "folder": folder}
 
     def start_ranks(self) -> None:
         self.ranks = Ranks(self.cell, self.facts)
@@ -450,22 +462,9 @@ class TransformersBackend:
     # Device
 
     def device_memory(self, reset: bool = False) -> DeviceMemory | None:
-        if self.meter is None:
-            return None
-        import torch
-
-        if self.ranks and reset:
+        if self.ranks and reset and self.meter:
             self.ranks.device_memory(reset)
-
-        seen = DeviceMemory(
-            torch.cuda.memory_allocated(self.device),
-            torch.cuda.memory_reserved(self.device),
-            torch.cuda.max_memory_reserved(self.device),
-            self.meter.read(),
-        )
-        if reset:
-            torch.cuda.reset_peak_memory_stats(self.device)
-        return seen
+        return accelerator.device_memory(self.devices, self.meter, reset)
 
     def peaks(self) -> dict[str, float]:
         with foreign_errors("measuring the device's best rates"):
@@ -487,13 +486,4 @@ class TransformersBackend:
         if self.ranks:
             self.ranks.ask("trim")
         gc.collect()
-        if self.device.startswith("cuda"):
-            import torch
-
-            torch.cuda.empty_cache()
-
-    def _synchronise(self) -> None:
-        if self.device.startswith("cuda"):
-            import torch
-
-            torch.cuda.synchronize(self.device)
+        accelerator.empty_caches(self.device)

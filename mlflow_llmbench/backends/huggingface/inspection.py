@@ -16,7 +16,7 @@ from ...records.errors import NotRealised
 from ...records.mixed_plan import QUANTIZED
 from ...records.quantizations import FLOAT_DTYPES, PADDED, SCHEMES
 from ...system import memory
-from . import recipe
+from . import placing, recipe
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +49,8 @@ class Inspection:
     linear layers, which no quantization of this package changes · `dtypes`: of all parameters, with their numbers ·
     `matrix_weights`: number of weights of linear layers, experts and embeddings, by dtype · `mapped`: file, begin and
     end of the parameters in file mappings. Layers and experts are those that a text passes, not those of a vision
-    tower. Of a model that is sharded over ranks, sizes and the layers' weights are those of this rank.
+    tower. Of a model that is sharded over ranks, sizes and the layers' weights are those of this rank. Of one that is
+    laid out over several places, they are those of all of them, and `device` is the one that computes.
     """
 
     parameters: int
@@ -93,7 +94,7 @@ def inspect_model(model: Any) -> Inspection:
             if id(tensor) in seen:
                 continue
             seen.add(id(tensor))
-            pieces = list(_pieces(tensor, module))
+            pieces = list(_pieces(_read_from(tensor, module, name), module))
             size = sum(piece.numel() * piece.element_size() for piece in pieces)
             weight_bytes += size
             spans += [
@@ -109,6 +110,7 @@ def inspect_model(model: Any) -> Inspection:
                     parameters += _logical_count(tensor, module, name)
                 dtypes[str(tensor.dtype).removeprefix("torch.")] += 1
                 device = str(tensor.device)
+    device = placing.computing_device(model) or device
     layers = _by_class(recipe.linear_layers(model))
     experts = [*_experts(model)]
     mapped = memory.mapped_parts(spans)
@@ -130,14 +132,17 @@ def inspect_model(model: Any) -> Inspection:
 
 
 def touch(model: Any) -> None:
-    """Read the whole stored model once, so that pages of a mapped checkpoint are resident and copies are finished."""
+    """Read the whole stored model once, so that pages of a mapped checkpoint are resident and copies are finished.
+
+    What lies on the disk (`placement=auto`) stays there.
+    """
     import torch
 
     for module in model.modules():
-        for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
-            for piece in _pieces(tensor, module):
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            for piece in _pieces(_read_from(tensor, module, name), module):
                 flat = piece.detach().reshape(-1)
-                if flat.numel():
+                if flat.numel() and not flat.is_meta:
                     flat.view(torch.uint8)[::1024].max()
 
 
@@ -151,6 +156,15 @@ def stored_bytes(value: Any, module: Any = None) -> int:
     if not hasattr(value, "element_size"):
         return 0
     return sum(piece.numel() * piece.element_size() for piece in _pieces(value, module))
+
+
+def _read_from(tensor: torch.Tensor, module: Any, name: str) -> torch.Tensor:
+    """Return the tensor itself, or the copy in host memory if it is a meta tensor that is read from there.
+
+    One that lies on the disk stays a meta tensor, which has its size and dtype.
+    """
+    copy = placing.host_copy(module, name) if tensor.is_meta else None
+    return tensor if copy is None else copy
 
 
 def _pieces(tensor: torch.Tensor, module: Any) -> Iterator[torch.Tensor]:

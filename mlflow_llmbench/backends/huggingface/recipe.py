@@ -60,7 +60,8 @@ def load(location: str, recipe: Mapping[str, Any], *, device: str, dtype: str, *
     place = device if layers is None else "cpu"
     asked = dtype if dtype == "auto" else getattr(torch, dtype)
     with releasing_memory():
-        placed = {} if "distributed_config" in named else {"device_map": {"": place}}  # ranks have their own devices
+        # Ranks have their own devices, and a model that is laid out has several.
+        placed = {} if named.keys() & {"distributed_config", "device_map"} else {"device_map": {"": place}}
         model, report = load_complete(location, dtype=asked, **placed, **named)
         if "linear" in recipe:
             _replace_linear(model, recipe["linear"], asked)
