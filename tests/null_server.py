@@ -1,7 +1,8 @@
 """A server that sends every byte at a scripted time and records it: `python tests/null_server.py --port 0`.
 
-It speaks HTTP/1.1 as OpenAI-compatible servers do: /v1/completions and /v1/chat/completions (streaming), /v1/models,
-/health, /metrics. The script of a request is the name of its model, `null:` and settings joined by `+`, all optional:
+It speaks HTTP/1.1 as OpenAI-compatible servers do: /v1/completions, /v1/chat/completions and /v1/responses (streaming),
+/v1/embeddings (an answer after ttft_ms), /v1/models, /health, /metrics. The script of a request is the name of its
+model, `null:` and settings joined by `+`, all optional:
 
     ttft_ms, itl_ms          delays of the first token, from the request's receipt, and between tokens (default 5, 2)
     gaps_ms=1;20;3           uneven gaps, repeated in turns, instead of itl_ms
@@ -31,6 +32,7 @@ It speaks HTTP/1.1 as OpenAI-compatible servers do: /v1/completions and /v1/chat
     split                    write the body in pieces of this many bytes
     slots                    number of requests served at once; the others wait (default: all)
     status                   answer with this status, a JSON error and no stream (429: with Retry-After)
+    fails=1                  end an answer of /v1/responses as failed
     error_at, bad_at, cut_at an error event, invalid JSON, or a cut connection in place of this token
     cut_byte                 cut the connection after this many bytes of the whole answer
     stale=1                  close the connection without an answer when it is used a second time, after stall_ms
@@ -66,7 +68,7 @@ NUMBERS = {
     "ttft_ms": 5.0, "itl_ms": 2.0, "stall_ms": 0.0, "stall_at": 0.0, "per_chunk": 1.0, "per_write": 1.0,
     "reasoning": 0.0, "stop_after": 1e9, "cached": -1.0, "hits": 0.0, "prompt_extra": 0.0, "prompt_words": 1.0,
     "done": 1.0, "comments": 0.0, "keep": 1.0, "split": 0.0, "slots": 1e9, "status": 0.0, "error_at": 0.0,
-    "drafted": 0.0, "accepted": 0.0, "timings": 0.0,
+    "fails": 0.0, "drafted": 0.0, "accepted": 0.0, "timings": 0.0,
     "noise": 0.0, "tell": 1.0, "bad_at": 0.0, "cut_at": 0.0, "cut_byte": -1.0, "stale": 0.0, "refuse": 0.0, "hang": 0.0,
 }  # fmt: skip
 WORDS = {"gaps_ms": "", "eos": "ignorable", "usage": "last", "eol": "lf", "framing": "chunked", "flood": "", "odd": "",
@@ -113,11 +115,14 @@ class Answer:
 
     def __init__(self, script: Script, body: dict[str, Any], chat: bool) -> None:
         self.script, self.body, self.chat = script, body, chat
-        asked = int(body.get("max_tokens") or body.get("max_completion_tokens") or 16)
+        names = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+        asked = int(next((body[name] for name in names if body.get(name)), 16))
         stopped = script["stop_after"] < asked and not (body.get("ignore_eos") and script.words["eos"] == "ignorable")
         self.tokens = int(min(asked, script["stop_after"])) if stopped else asked
         self.finish = "stop" if stopped else "length"
-        prompt = body.get("prompt") if not chat else " ".join(str(m["content"]) for m in body["messages"])
+        prompt = (
+            body.get("prompt", body.get("input")) if not chat else " ".join(str(m["content"]) for m in body["messages"])
+        )
         self.words = prompt if isinstance(prompt, list) else str(prompt).split()
         self.prompt_tokens = int(len(self.words) * script["prompt_words"]) + int(script["prompt_extra"])
         self.cached = int(script["cached"])  # below 0: not reported
@@ -149,6 +154,11 @@ class Answer:
         while sofar < self.tokens:
             size = int(min(self.script["per_chunk"], self.tokens - sofar))
             text = " word" * size
+            if "input" in self.body:
+                kind = "reasoning_text" if sofar < reasoning else "output_text"
+                sofar += size
+                yield size, sofar, json.dumps({"type": f"response.{kind}.delta", "delta": text, "output_index": 0})
+                continue
             field = self.script.words["field"] if sofar < reasoning else "content"
             delta = PARTS.get(field, lambda text, name=field: {name: text})(text)
             sofar += size
@@ -162,6 +172,8 @@ class Answer:
 
     def last(self) -> list[str]:
         """Return the data of the events after the last token."""
+        if "input" in self.body:
+            return [json.dumps({"type": "response.output_text.done", "text": " word" * self.tokens}), self.response()]
         found = []
         if self.finish == "stop":
             found.append(
@@ -175,6 +187,27 @@ class Answer:
             told = {"draft_n": int(self.script["drafted"]), "draft_n_accepted": int(self.script["accepted"])}
             found.append(json.dumps({"choices": [], "timings": told}))
         return found + (["[DONE]"] if self.script["done"] else [])
+
+    def first(self) -> list[str]:
+        """Return the data of the events before the first token."""
+        kinds = ("response.created", "response.in_progress") if "input" in self.body else ()
+        return [json.dumps({"type": kind, "response": {"status": "in_progress", "error": None}}) for kind in kinds]
+
+    def response(self) -> str:
+        """Return the data of the last event of a response, with its usage."""
+        status = "failed" if self.script["fails"] else "completed" if self.finish == "stop" else "incomplete"
+        usage = self.usage(self.tokens + (self.finish == "stop"))
+        told: dict[str, Any] = {
+            "status": status,
+            "error": {"code": "server_error", "message": "Scripted failure."} if status == "failed" else None,
+            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "usage": {
+                "input_tokens": usage["prompt_tokens"],
+                "output_tokens": usage["completion_tokens"],
+                "input_tokens_details": usage.get("prompt_tokens_details"),
+            },
+        }
+        return json.dumps({"type": f"response.{status}", "response": told})
 
 
 class Server:
@@ -273,7 +306,9 @@ class Connection(asyncio.Protocol):
         self.task.add_done_callback(self.server.open.discard)
 
     async def answer(self, now: int, method: str, path: str, headers: dict[str, str], body: bytes) -> None:
-        if path.endswith("completions"):
+        if path.endswith("/embeddings"):
+            await self.embed(headers, json.loads(body))
+        elif path.endswith(("completions", "/responses")):
             await self.complete(now, path.endswith("chat/completions"), headers, json.loads(body))
         elif path == "/log":
             found = json.dumps(self.server.log)
@@ -303,6 +338,20 @@ class Connection(asyncio.Protocol):
             f"Content-Length: {len(text.encode())}\r\n\r\n"
         )
         self.transport.write(head.encode() + text.encode())
+
+    async def embed(self, headers: dict[str, str], body: dict[str, Any]) -> None:
+        script = Script(body["model"])
+        self.server.log[headers.get("x-request-id", str(len(self.server.log)))] = {"asked": body, "headers": headers}
+        await asyncio.sleep(script["ttft_ms"] / 1000)
+        if script["status"]:
+            self.plain(int(script["status"]), json.dumps({"error": {"message": "Scripted status."}}))
+        elif script.words["odd"]:
+            self.odd(script.words["odd"])
+        else:
+            tokens = Answer(script, body, chat=False).prompt_tokens
+            data = [{"object": "embedding", "index": 0, "embedding": [0.25] * 1024}]
+            usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+            self.plain(200, json.dumps({"object": "list", "data": data, "usage": usage}))
 
     async def complete(self, now: int, chat: bool, headers: dict[str, str], body: dict[str, Any]) -> None:
         script = Script(body["model"])
@@ -399,15 +448,18 @@ class Connection(asyncio.Protocol):
         framing = script.words["framing"]
         events = [(size, sofar, f"{before}data: {data}{eol}{eol}".encode()) for size, sofar, data in answer.events()]
         last = "".join(f"data: {data}{eol}{eol}" for data in answer.last()).encode()
+        begin = "".join(f"data: {data}{eol}{eol}" for data in answer.first()).encode()
         head = "HTTP/1.1 200 OK\r\nServer: null/1.0\r\nContent-Type: text/event-stream; charset=utf-8\r\n"
         if framing == "chunked":
             head += "Transfer-Encoding: chunked\r\n"
         elif framing == "length":
-            head += f"Content-Length: {sum(len(e[2]) for e in events) + len(last)}\r\n"
+            head += f"Content-Length: {len(begin) + sum(len(e[2]) for e in events) + len(last)}\r\n"
         keep = script["keep"] and framing != "close"
         head += "" if keep else "Connection: close\r\n"
         framed = (lambda data: b"%x\r\n%s\r\n" % (len(data), data)) if framing == "chunked" else (lambda data: data)
         if not self.put(f"{head}\r\n".encode(), script):
+            return
+        if begin and not self.put(framed(begin), script):
             return
         if script["hang"]:
             await asyncio.sleep(3600)

@@ -18,7 +18,7 @@ from ..records.results import FIRST_RULES, Reason, Repetition, RunResult
 from ..records.text import finite
 from ..records.verdicts import FOREIGN_CPU_LIMIT, SPOILED_CPU_LIMIT, VARIATION_LIMIT
 from ..stats import coefficient_of_variation, judge_sequence
-from .repetitions import judged_values, mean_e2e, mean_tpot, mean_ttft, output_rate
+from .repetitions import judged_values, mean_e2e, mean_tpot, mean_ttft, work_rate
 
 RUN_DELAY_LIMIT = 0.05
 """Seconds per second that our threads together may wait for a CPU: as a share, most that it can delay a step that all
@@ -266,7 +266,7 @@ def outliers(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
 def _compared(result: RunResult) -> Iterator[tuple[str, Callable[[Repetition], float | None]]]:
     """Yield the values of a repetition that are about equal on a quiet machine, with their names."""
     if result.cell.scenario != "offline":
-        yield "throughput", output_rate
+        yield "throughput", work_rate
         return
     yield "time per output token", mean_tpot
     lengths = {request.prompt_tokens for r in result.repetitions for request in r.requests}

@@ -23,6 +23,7 @@ from ..records.metrics import (
     CLIENT_CPUS,
     CLIENT_PROCESSES,
     CONCURRENCY,
+    DECODE_RATE,
     FAILED,
     FAILED_RATIO,
     FULL_ITL,
@@ -36,10 +37,12 @@ from ..records.metrics import (
     LOOP_LAG,
     MADE_OUTPUT_TOKENS,
     OTHER_TOKENS,
+    OUTPUT_RATE,
     OUTPUT_TOKENS,
     PADDING_WASTE,
     PER_INSTANCE_RATE,
     PREFILL_RATE,
+    PROMPT_RATE,
     RAMP_E2E,
     RAMP_REQUEST_RATE,
     RAMP_TO,
@@ -57,14 +60,17 @@ from ..records.metrics import (
     STEADY_REQUEST_RATE,
     STEADY_TTFT,
     TOKENS_PER_CHUNK,
+    TOTAL_RATE,
+    TPOT,
     TTFO,
+    TTFT,
     WITHOUT_TPOT,
 )
 from ..records.results import CONTENT, REASONING, EngineReadings, Repetition, RequestRecord, RunResult
 from .figures import Figures, distribution, mean_of
 from .latency import chunk_gaps_ms, e2e_ms, gaps_ms, send_delay_ms, tpot_ms, ttft_ms, visible_ms
 from .overload import overload_of
-from .repetitions import one_token_per_chunk, requests, span_s
+from .repetitions import one_token_per_chunk, requests, span_s, total_rate, unit_values
 from .server_figures import SERVER_FAMILIES
 
 
@@ -185,6 +191,13 @@ def _tokens_within(request: RequestRecord, begin: int, end: int) -> float:
     return sum(size for size, stamp in zip(sizes, request.stamps_ns, strict=True) if begin < stamp <= end)
 
 
+def _share_within(request: RequestRecord, begin: int, end: int) -> float:
+    """Share of an answer that arrived in a window: of its tokens, or of its chunks if it has none."""
+    if request.output_tokens:
+        return _tokens_within(request, begin, end) / request.output_tokens
+    return sum(begin < stamp <= end for stamp in request.stamps_ns) / len(request.stamps_ns)
+
+
 def _windows(result: RunResult) -> Figures:
     """The same metrics over both windows, to show the effect of ramp-up and drain."""
     every, spans = requests(result), [(one, s) for one in result.repetitions if (s := span_s(one)) > 0]
@@ -204,7 +217,7 @@ def _windows(result: RunResult) -> Figures:
         seconds = (end - begin) / 1e9
         rates.append(sum(_tokens_within(r, begin, end) for r in one.requests) / seconds)
         # Users in step end their answers in bursts, one at each end of the window: counting ends would be too high.
-        answers.append(sum(_tokens_within(r, begin, end) / r.output_tokens for r in one.requests) / seconds)
+        answers.append(sum(_share_within(r, begin, end) for r in one.requests) / seconds)
         firsts += [ttft_ms(r) for r in one.requests if begin <= r.start_ns <= end]
         inside = [r for r in one.requests if r.single_tokens]
         gaps += [
@@ -357,6 +370,23 @@ def _client(result: RunResult) -> Figures:
     }
 
 
+OF_TOKENS = (
+    TTFT, ITL, ICL, TPOT, OUTPUT_RATE, TOTAL_RATE, DECODE_RATE, OUTPUT_TOKENS, MADE_OUTPUT_TOKENS, TOKENS_PER_CHUNK,
+    FULL_OUTPUT_RATE, FULL_TTFT, STEADY_OUTPUT_RATE, STEADY_TTFT, WITHOUT_TPOT,
+)  # fmt: skip
+"""Metrics that answers without tokens do not have."""
+
+
+def _without_tokens(result: RunResult) -> Figures:
+    """What replaces the figures of tokens if answers have none: the rate of prompt tokens."""
+    if result.cell.generates:
+        return {}
+    rates = unit_values(result, total_rate)
+    counted = any(r.prompt_tokens for r in requests(result))
+    absent: Figures = dict.fromkeys(key for metric in OF_TOKENS for key in metric.mlflow_keys())
+    return absent | {PROMPT_RATE.key(): fmean(rates) if rates and counted else None}
+
+
 ONLINE: tuple[Callable[[RunResult], Figures], ...] = (
     _settings,
     _latencies,
@@ -368,5 +398,6 @@ ONLINE: tuple[Callable[[RunResult], Figures], ...] = (
     _in_flight,
     _client,
     *SERVER_FAMILIES,
+    _without_tokens,
 )
 """Families of metrics of a result under request load."""

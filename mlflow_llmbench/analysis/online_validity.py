@@ -114,7 +114,7 @@ def lengths(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
     other = [
         r.output_tokens
         for r, (_, output) in zip(every, asked, strict=True)
-        if r.output_tokens > output or (r.output_tokens < output and not shorter)
+        if cell.generates and (r.output_tokens > output or (r.output_tokens < output and not shorter))
     ]
     if other:
         wanted = (
@@ -158,6 +158,8 @@ def caches(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
 def chunks(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
     """Check that each chunk of the stream is one token."""
     every = requests(result)
+    if not result.cell.generates:
+        return
     if all(r.tokens is None for r in every):
         yield Reason(
             "chunked_stream",

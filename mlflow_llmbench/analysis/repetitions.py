@@ -110,9 +110,15 @@ def _unit_values(result: RunResult, of: Callable[[Repetition], float | None]) ->
 
 
 def output_rate(repetition: Repetition) -> float | None:
-    """Output tokens per second: all tokens of all rows ÷ (last arrival − first sending)."""
-    seconds = span_s(repetition)
-    return sum(r.rows * r.output_tokens for r in repetition.requests) / seconds if seconds > 0 else None
+    """Output tokens per second: all tokens of all rows ÷ (last arrival − first sending); None without any."""
+    seconds, tokens = span_s(repetition), sum(r.rows * r.output_tokens for r in repetition.requests)
+    return tokens / seconds if seconds > 0 and tokens else None
+
+
+def work_rate(repetition: Repetition) -> float | None:
+    """Rate by which a repetition is judged: output tokens per second, or answers per second if they have no tokens."""
+    seconds, rate = span_s(repetition), output_rate(repetition)
+    return rate if rate is not None or not seconds else len(repetition.requests) / seconds
 
 
 def total_rate(repetition: Repetition) -> float | None:
@@ -150,8 +156,18 @@ def typical_gap(repetition: Repetition) -> float | None:
 
 
 def mean_ttft(repetition: Repetition) -> float | None:
-    """Mean time to first token of all requests, ms."""
-    return mean_of([ttft_ms(request) for request in repetition.requests])
+    """Mean time to first token of all requests, ms; None if answers have no tokens."""
+    return mean_of(_firsts_ms(repetition))
+
+
+def typical_ttft(repetition: Repetition) -> float | None:
+    """Median time to first token of all requests, ms; None if answers have no tokens."""
+    found = _firsts_ms(repetition)
+    return median(found) if found else None
+
+
+def _firsts_ms(repetition: Repetition) -> list[float]:
+    return [ttft_ms(request) for request in repetition.requests if request.output_tokens]
 
 
 def typical_tpot(repetition: Repetition) -> float | None:
@@ -166,11 +182,11 @@ def own_lengths(cell: Cell) -> bool:
 
 
 def judged_values(cell: Cell, repetitions: Sequence[Repetition]) -> list[float]:
-    """Values in which a quiet machine shows no order: output tokens per second of each repetition.
+    """Values in which a quiet machine shows no order: the `work_rate` of each repetition.
 
     With `own_lengths` it is the mean time per output token, ms, which hardly depends on the length of the prompt.
     """
-    of = PER_REPETITION[TPOT.key("mean")] if own_lengths(cell) else output_rate
+    of = PER_REPETITION[TPOT.key("mean")] if own_lengths(cell) and cell.generates else work_rate
     return [value for repetition in repetitions if (value := of(repetition)) is not None]
 
 
@@ -210,7 +226,7 @@ COMPARED_VALUES: dict[str, Callable[[Repetition], float | None]] = {
 
 PER_REPETITION: dict[str, Callable[[Repetition], float | None]] = {
     **COMPARED_VALUES,
-    TTFT.key("p50"): lambda repetition: median(map(ttft_ms, repetition.requests)),
+    TTFT.key("p50"): typical_ttft,
     TPOT.key("p50"): typical_tpot,
     E2E.key("p50"): lambda repetition: median(map(e2e_ms, repetition.requests)),
 }

@@ -16,8 +16,6 @@ from ..records.metric import GB, Metric, Series
 from ..records.metrics import (
     BATCH_SIZE,
     COMPILE_TIME,
-    COST,
-    DECODE_RATE,
     DETOKENIZE,
     DEVICE_MEMORY,
     DEVICE_RESERVED,
@@ -25,7 +23,6 @@ from ..records.metrics import (
     E2E,
     E2E_BY_REPETITION,
     E2E_WITH_TEXT,
-    EFFECTIVE_REPETITIONS,
     FIRST_CALL,
     FORWARD,
     GPU_MEMORY,
@@ -44,19 +41,14 @@ from ..records.metrics import (
     OF_MEAN,
     OUTPUT_RATE,
     OUTPUT_TOKENS,
-    PER_INSTANCE_RATE,
     PREDICTED_LOADING,
     PREDICTED_MEMORY,
-    PREFILL_RATE,
     PROMPT_TOKENS,
     RATE_BY_REPETITION,
-    RELATIVE_HALF_WIDTH,
-    REPETITIONS,
     SAME_REPLIES,
     SAME_TOKENS,
     TENSOR_PARALLEL,
     TOKENIZE,
-    TOTAL_RATE,
     TPOT,
     TTFT,
     TTFT_BY_REPETITION,
@@ -65,18 +57,14 @@ from ..records.metrics import (
     TURN_PREFILLED_TOKENS,
     TURN_PROMPT_TOKENS,
     TURN_TTFT,
-    VARIATION,
     WEIGHTS,
     WORKER_CPU,
     WORKER_MEMORY,
 )
 from ..records.results import MemorySample, RequestRecord, RunResult
 from ..stats import (
-    LEAST_CORRELATED,
     block_bootstrap_interval,
     bootstrap_interval,
-    coefficient_of_variation,
-    effective_size,
     mad,
     percentile,
     supports,
@@ -91,17 +79,16 @@ from .quality import figures
 from .ranks import rank_figures, rank_series
 from .repetitions import (
     COMPARED_VALUES,
-    decode_rate,
     mean_interval,
     output_rate,
-    prefill_rate,
     process_count,
     requests,
     several_in_a_step,
     token_gaps,
-    total_rate,
+    typical_ttft,
     unit_values,
 )
+from .throughput import throughput_figures
 
 MB = 1e6
 """Bytes in a MB, the unit of MLflow's own metrics of memory."""
@@ -239,30 +226,6 @@ def _text(result: RunResult) -> Figures:
     }
 
 
-def _throughput(result: RunResult) -> Figures:
-    """Token rates, means over `inference_units`; the interval and the trust metrics are over these units too."""
-    rate_of = {OUTPUT_RATE: output_rate, TOTAL_RATE: total_rate, PREFILL_RATE: prefill_rate, DECODE_RATE: decode_rate}
-    rates = {metric: unit_values(result, of) for metric, of in rate_of.items()}
-    found: Figures = {metric.key(): fmean(values) for metric, values in rates.items() if values}
-    found[REPETITIONS.key()] = len(result.repetitions)
-    output = rates[OUTPUT_RATE]
-    if output is None:
-        return found
-    mean, price = fmean(output), result.price_per_hour
-    may_correlate = process_count(result) == 1 and len(output) >= LEAST_CORRELATED
-    low, high = mean_interval(result, output) or (None, None)
-    return found | {
-        PER_INSTANCE_RATE.key(): mean / result.cell.batch_size,
-        # Student's interval does not know that a rate is positive.
-        OUTPUT_RATE.key("ci_low"): None if low is None else max(low, 0.0),
-        OUTPUT_RATE.key("ci_high"): high,
-        RELATIVE_HALF_WIDTH.key(): None if low is None or high is None or not mean else (high - low) / 2 / mean,
-        EFFECTIVE_REPETITIONS.key(): effective_size(output) if may_correlate else None,
-        VARIATION.key(): coefficient_of_variation(output),
-        COST.key(): None if price is None else price / (mean * 3600) * 1e6,
-    }
-
-
 def _same_replies(result: RunResult) -> Figures:
     return {SAME_REPLIES.key(): mean_of(result.same_replies)}
 
@@ -286,9 +249,9 @@ ALWAYS: tuple[Family, ...] = (_settings, _memory, layout_figures, _load)
 """Families of metrics that every result has."""
 
 MEASURED: dict[str, tuple[Family, ...]] = {
-    "offline": (_latency, _throughput, efficiency_figures, _text, natural_figures),
-    "online": (_latency, _throughput, online_figures, efficiency_figures, _text),
-    "batching": (_latency, _throughput, stream_figures, efficiency_figures, _text),
+    "offline": (_latency, throughput_figures, efficiency_figures, _text, natural_figures),
+    "online": (_latency, throughput_figures, online_figures, efficiency_figures, _text),
+    "batching": (_latency, throughput_figures, stream_figures, efficiency_figures, _text),
 }
 """Scenario → families of metrics of its repetitions."""
 
@@ -365,11 +328,12 @@ def series(result: RunResult) -> list[Point]:
     points: list[Point] = []
     for repetition in result.repetitions:
         wall, step = repetition.wall_ms, repetition.index + 1
-        group = repetition.requests
-        points.append(Point(TTFT_BY_REPETITION.key, step, median(map(ttft_ms, group)), wall))
-        points.append(Point(E2E_BY_REPETITION.key, step, median(map(e2e_ms, group)), wall))
-        rate = output_rate(repetition)
-        points += [] if rate is None else [Point(RATE_BY_REPETITION.key, step, rate, wall)]
+        own = {
+            TTFT_BY_REPETITION: typical_ttft(repetition),
+            E2E_BY_REPETITION: median(map(e2e_ms, repetition.requests)),
+            RATE_BY_REPETITION: output_rate(repetition),
+        }
+        points += [Point(one.key, step, value, wall) for one, value in own.items() if value is not None]
     points += _token_series(result)
     points += [
         Point(one.key, turn.number, value, result.ended_ms)
@@ -380,7 +344,7 @@ def series(result: RunResult) -> list[Point]:
     points += [*_timeline(result), *_gpu_series(result)]
     of_devices = (*rank_series(result), *layout_series(result))
     points += [Point(one.key, number, value, result.ended_ms) for one, number, value in of_devices]
-    firsts = [ttft_ms(r) for r in requests(result)]
+    firsts = [ttft_ms(r) for r in requests(result) if r.output_tokens]
     for key, values in ((ITL_PERCENTILES.key, token_gaps(result)), (TTFT_PERCENTILES.key, firsts)):
         supported = [q for q in range(1, 100) if supports(len(values), max(q, 100 - q))] if values else []
         order = sorted(values)

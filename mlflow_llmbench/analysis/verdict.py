@@ -15,7 +15,7 @@ from .latency import gaps_ms
 from .layout import moved
 from .logits_validity import logits
 from .order import order
-from .repetitions import PER_REPETITION, output_rate, process_count, requests, several_in_a_step
+from .repetitions import PER_REPETITION, process_count, requests, several_in_a_step, work_rate
 from .summary import summarize
 
 Check = Callable[[RunResult, dict[str, float]], Iterator[Reason]]
@@ -160,7 +160,7 @@ def _variation(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]
     token, which is checked instead.
     """
     talks = result.cell.history != "none"
-    of = PER_REPETITION[TPOT.key("mean")] if talks else output_rate
+    of = PER_REPETITION[TPOT.key("mean")] if talks else work_rate
     rates = [rate for repetition in result.repetitions if (rate := of(repetition)) is not None]
     seen = {
         "processes": metrics.get(VARIATION.key()) if process_count(result) > 1 else None,

@@ -217,8 +217,8 @@ def _loads(cell: Cell) -> list[str]:
 
 def _lengths_text(cell: Cell) -> str:
     """Short name of the lengths of prompt and output: `128+64`, or `qa+64` if they are those of the workload."""
-    prompt = _last_part(cell.workload) if cell.prompt_tokens is None else cell.prompt_tokens
-    return f"{prompt}+{cell.output_tokens}"
+    prompt = _last_part(cell.workload) if cell.prompt_tokens is None else str(cell.prompt_tokens)
+    return f"{prompt}+{cell.output_tokens}" if cell.generates else f"{prompt} embedded"
 
 
 def load_text(cell: Cell) -> str:

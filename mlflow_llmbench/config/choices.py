@@ -14,7 +14,7 @@ BUNDLED_TEXT = "bundled"
 MIN_TEXT_TOKENS = 512
 """Minimum tokens of a text for perplexity. A file with fewer bytes cannot have them."""
 
-ENDPOINTS = ("completions", "chat")
+ENDPOINTS = ("completions", "chat", "responses", "embeddings")
 LENGTH_FIELDS = ("max_tokens", "max_completion_tokens")
 PLACEMENTS = ("single", "auto")
 ARRIVALS = ("poisson", "constant", "gamma")

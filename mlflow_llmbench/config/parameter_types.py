@@ -229,8 +229,9 @@ class OnlineParameters(SharedParameters, total=False):
     prefix_count: int | str | Sequence[int | str]
     """different prefixes of prefix_tokens, each for one group of requests"""
 
-    endpoint: Literal["completions", "chat"]
-    """completions (/v1/completions) or chat (/v1/chat/completions)"""
+    endpoint: Literal["completions", "chat", "responses", "embeddings"]
+    """completions (/v1/completions), chat (/v1/chat/completions), responses (/v1/responses), or embeddings
+    (/v1/embeddings: no output tokens)"""
 
     temperature: float
     """sampling temperature that requests ask for; 0 = always the likeliest token"""

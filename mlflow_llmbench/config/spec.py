@@ -17,6 +17,7 @@ from ..records.backends import backend_of, capabilities_of
 from ..records.cell import (
     BACKEND_SPECIFIC,
     LENGTHS,
+    OF_ANSWERS,
     PARAMETERS,
     SWEEPABLE,
     Cell,
@@ -99,6 +100,7 @@ def _meant(first: Cell, values: Mapping[str, Collection[object]], backends: Iter
     known = {*COMMANDS["online"], "backend"} if scenario == "online" else {*COMMANDS["run"]}
     known -= {"url"} if first.launch else {"launch", "quant"} if first.url else set()
     known -= {*LENGTHS} if first.trace else set()
+    known -= set() if first.generates else {*OF_ANSWERS}
     taken = {name for backend in backends for name in capabilities_of(backend).parameters}
     idle = idle_parameters(values) | ({*BACKEND_SPECIFIC} - taken)
     found = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..records.backends import SERVER_BACKEND, capabilities_of
-from ..records.cell import DEPENDS_ON, DRAWN, LENGTHS, PARAMETERS, as_text
+from ..records.cell import DEPENDS_ON, DRAWN, LENGTHS, OF_ANSWERS, PARAMETERS, as_text
 from ..records.errors import UsageError
 from ..records.invocation import command_text
 from ..records.quantizations import MIXED, schemes_with
@@ -200,6 +200,7 @@ def _check_requests(axes: Mapping[str, tuple[object, ...]]) -> None:
             "thinking=off is for endpoint=chat, and endpoint is completions, whose prompts have no template. "
             "Give endpoint=chat, or leave thinking out."
         )
+    _check_endpoint(axes)
     of_tls = next((name for name in ("tls_ca", "tls_cert", "tls_key") if axes[name] != (None,)), None)
     if of_tls and not str(axes["url"][0]).startswith("https:"):
         raise UsageError(f"{of_tls} is for a server behind https, and url is {axes['url'][0]}. Leave it out.")
@@ -207,6 +208,22 @@ def _check_requests(axes: Mapping[str, tuple[object, ...]]) -> None:
         raise UsageError("tls_key is the key of a certificate, and none is given. Give tls_cert.")
     if axes["proxy"] != (None,) and axes["launch"] != (None,):
         raise UsageError("proxy=environment is for a server elsewhere, and launch starts one here. Leave proxy out.")
+
+
+def _check_endpoint(axes: Mapping[str, tuple[object, ...]]) -> None:
+    """Refuse settings of answers that the endpoint does not have."""
+    if axes["endpoint"] == ("embeddings",):
+        given = [name for name in OF_ANSWERS if axes[name] != (PARAMETERS[name].default,)]
+        if given:
+            raise UsageError(
+                f"endpoint=embeddings has answers without tokens, and {given[0]} is given. Leave it out; slo_e2e_ms "
+                "limits the time of an answer."
+            )
+    if axes["endpoint"] == ("responses",) and axes["max_tokens_field"] != ("auto",):
+        raise UsageError(
+            "max_tokens_field is for completions and chat; endpoint=responses always has max_output_tokens. "
+            "Leave it out."
+        )
 
 
 def _check_load(axes: Mapping[str, tuple[object, ...]]) -> None:

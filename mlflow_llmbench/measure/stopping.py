@@ -8,7 +8,7 @@ from statistics import fmean
 
 from ..analysis.contention import can_be_judged
 from ..analysis.order import repetitions_to_judge
-from ..analysis.repetitions import judged_values, output_rate, span_s
+from ..analysis.repetitions import judged_values, span_s, work_rate
 from ..records.cell import Cell
 from ..records.results import Repetition
 from ..records.verdicts import LEAST_REPETITIONS, MOST_TIMED_S
@@ -46,7 +46,7 @@ def enough(cell: Cell, repetitions: Sequence[Repetition], local: bool = True) ->
     wanted = repetitions_to_judge(timed_s / count)
     if count < wanted or (count > wanted and count not in LOOKS):
         return False
-    rates = [rate for repetition in repetitions if (rate := output_rate(repetition)) is not None]
+    rates = [rate for repetition in repetitions if (rate := work_rate(repetition)) is not None]
     if 2 * spoiled > count:
         return True
     if judge_sequence(judged_values(cell, repetitions), cell.precision_target):

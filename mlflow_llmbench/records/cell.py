@@ -144,7 +144,8 @@ class Cell:
         None, "command that starts the server, with {port} and, where it needs them, {model} and {quant}; separate "
         "several by ' ; '", "launch", "server", sweep=True, unset="none", scenarios="online", separator=" ; ").field()
     endpoint: str = Parameter(
-        "completions", "completions (/v1/completions) or chat (/v1/chat/completions)", "endpoint", "server",
+        "completions", "completions (/v1/completions), chat (/v1/chat/completions), responses (/v1/responses), or "
+        "embeddings (/v1/embeddings: no output tokens)", "endpoint", "server",
         scenarios="online").field()
     temperature: float = Parameter(
         0, "sampling temperature that requests ask for; 0 = always the likeliest token", "number", "server", low=0,
@@ -229,6 +230,11 @@ class Cell:
             if self.request_rate is None or self.ramp_to is None
             else (self.request_rate + self.ramp_to) / 2
         )
+
+    @property
+    def generates(self) -> bool:
+        """True if answers have output tokens."""
+        return self.endpoint != "embeddings"
 
     @property
     def open_loop(self) -> bool:
@@ -329,6 +335,17 @@ BACKEND_SPECIFIC = tuple(name for name, f in PARAMETERS.items() if f.metadata["b
 
 LENGTHS = ("prompt_tokens", "output_tokens")
 """Parameters that a trace replaces."""
+
+OF_ANSWERS = (
+    "output_tokens",
+    "temperature",
+    "ignore_eos",
+    "thinking",
+    "max_tokens_field",
+    "slo_ttft_ms",
+    "slo_tpot_ms",
+)
+"""Parameters of answers with tokens, which have no meaning for embeddings."""
 
 ONLY_WITH = {
     name: {

@@ -80,6 +80,10 @@ PER_INSTANCE_RATE = Metric(
     "throughput", "per_instance_tokens_per_s", "output throughput ÷ batch size", "1/s", better="higher")
 TOTAL_RATE = Metric(
     "throughput", "total_tokens_per_s", "batch · (P + N) / (tN − t0), mean over repetitions", "1/s", better="higher")
+PROMPT_RATE = Metric(
+    "throughput", "prompt_tokens_per_s",
+    "endpoint=embeddings: prompt tokens ÷ (last arrival − first sending), mean over repetitions",
+    "1/s", ("",), "higher", "prompt tokens", "prompt tokens/s", shown_unit="tokens/s", places=(Column(15), Line(15)))
 PREFILL_RATE = Metric(
     "throughput", "prefill_tokens_per_s",
     "batch · P / (t1 − t0), mean over repetitions; P counts computed prompt tokens only", "1/s", better="higher")

@@ -191,6 +191,8 @@ def summary_markdown(result: RunResult, metrics: Metrics, verdict: Verdict | Non
         "lengths of the trace"
         if cell.trace
         else f"{as_text('prompt_tokens', cell.prompt_tokens)} + {cell.output_tokens} tokens"
+        if cell.generates
+        else f"embeddings of {as_text('prompt_tokens', cell.prompt_tokens)} tokens"
     )
     if cell.prefix_tokens and not cell.trace:
         groups = f"{cell.prefix_count} groups" if cell.prefix_count > 1 else "all"

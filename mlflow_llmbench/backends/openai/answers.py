@@ -11,6 +11,7 @@ from ...loadgen.http1 import Exchange
 from ...loadgen.sse import EventParser
 from ...records.results import CONTENT, RequestRecord
 from .channels import channel_of
+from .response_events import ResponseEvent, read_event
 
 MAX_SERVER_TEXT, MAX_MESSAGE = 2000, 200
 """Characters of a server's error that are read, and of the message that is kept."""
@@ -72,6 +73,42 @@ def read_answer(exchange: Exchange, secrets: Sequence[str] = ()) -> RequestRecor
         draft_tokens=_count(answer.timings.get("draft_n")),
         accepted_tokens=_count(answer.timings.get("draft_n_accepted")),
     )
+
+
+def read_embedding(exchange: Exchange, secrets: Sequence[str] = ()) -> RequestRecord:
+    """Convert an answer of the embeddings endpoint to a record, whose only stamp is the arrival of its last byte.
+
+    It has no output tokens. The outcome `complete` needs a vector for the prompt.
+    """
+    answer = _Answer(fault=exchange.fault, message=exchange.message)
+    body = _json(b"".join(exchange.parts).decode("utf-8", "replace")) if exchange.status == 200 else None
+    if not answer.fault and (exchange.status != 200 or _is_error(body)):
+        _check_head(exchange, answer)
+        if not exchange.status:
+            answer.fault, answer.message = "truncated", "The connection was closed before an answer."
+    vectors = body.get("data") if isinstance(body, dict) else None
+    if not answer.fault and not (isinstance(vectors, list) and vectors and all(map(_is_vector, vectors))):
+        answer.fault, answer.message = "malformed", f"Not an answer with an embedding: {str(body)[:MAX_MESSAGE]!r}."
+    for secret in secrets:
+        answer.message = answer.message.replace(secret, "…")
+    usage = body.get("usage") if isinstance(body, dict) else None
+    return RequestRecord(
+        t0_ns=exchange.t0_ns,
+        stamps_ns=() if answer.fault else (exchange.stamps[-1],),
+        prompt_tokens=_count(usage.get("prompt_tokens")) if isinstance(usage, dict) else None,
+        intended_ns=exchange.intended_ns,
+        outcome=answer.fault or "complete",
+        message=answer.message[:MAX_MESSAGE],
+        tokens=0,
+        end_ns=exchange.end_ns,
+        finish="not told",
+    )
+
+
+def _is_vector(entry: object) -> bool:
+    """Return True for an entry with an embedding: numbers, or their bytes as a base64 text."""
+    vector = entry.get("embedding") if isinstance(entry, dict) else None
+    return isinstance(vector, list | str) and bool(vector)
 
 
 def answer_of(exchange: Exchange) -> _Answer:
@@ -156,6 +193,10 @@ def _read_events(exchange: Exchange, answer: _Answer) -> None:
                 return
             if body is None:  # a keep-alive
                 answer.skipped += 1
+            elif isinstance(body, dict) and (told := read_event(body)):
+                _take_response_event(told, stamp, answer)
+                if told.finish:
+                    return
             elif not isinstance(body, dict) or not _take_chunk(body, stamp, answer):
                 answer.fault, answer.message = (
                     answer.fault or "malformed",
@@ -173,7 +214,9 @@ def _json(text: str) -> Any:
 
 
 def _is_error(body: object) -> bool:
-    return isinstance(body, dict) and bool(body.get("error") or body.get("object") == "error")
+    return isinstance(body, dict) and bool(
+        body.get("error") or body.get("object") == "error" or body.get("type") == "error"
+    )
 
 
 def _take_chunk(body: dict[str, Any], stamp: int, answer: _Answer) -> bool:
@@ -205,6 +248,23 @@ def _take_chunk(body: dict[str, Any], stamp: int, answer: _Answer) -> bool:
             answer.finish, answer.finish_ns = str(choice["finish_reason"]), stamp
             answer.finish_has_text = bool(channel)
     return True
+
+
+def _take_response_event(told: ResponseEvent, stamp: int, answer: _Answer) -> None:
+    """Read one event of the Responses endpoint into `answer`."""
+    if told.channel:
+        answer.stamps.append(stamp)
+        answer.channels.append(told.channel)
+        answer.told.append(None)
+        if told.channel == CONTENT:
+            answer.visible = stamp if answer.visible is None else answer.visible
+            answer.text.append(told.text)
+    if told.error is not None:
+        answer.fault = answer.fault or "server_error"
+        answer.message = answer.message or f"An error in the stream: {_error_text(json.dumps({'error': told.error}))}"
+    if told.finish:
+        answer.usage, answer.done = dict(told.usage), True
+        answer.finish, answer.finish_ns = told.finish, stamp
 
 
 def _channels(answer: _Answer, sizes: tuple[int, ...] | None) -> dict[str, int] | None:

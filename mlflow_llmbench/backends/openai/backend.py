@@ -31,10 +31,11 @@ from ...system.gpu import process_bytes
 from ...system.memory import HostMemory, forget_references, referenced_bytes
 from ...workloads.prompts import PromptSet, lengths_of, lengths_vary, longest_of
 from ..base import Capabilities, DeviceMemory, Emit, NothingToFetch, Started
-from .answers import answer_of, read_answer
+from .answers import answer_of, read_answer, read_embedding
 from .client_processes import ClientProcesses, ClientTask, Share
 from .conversations import Conversations
 from .discovery import RESOLVE, ask_server, launchable, name_among, open_client, server_address
+from .endpoints import ENDPOINTS, Prompt
 from .http_requests import http_request, secrets_of, user_body, user_headers
 from .thinking import FIELDS as OFF_FIELDS
 from .thinking import PROBE_TOKENS, shows_thinking
@@ -49,9 +50,6 @@ A lower count is ignored: every vocabulary needs at least one token per word, an
 
 HEALTH_S = 0.2
 """Seconds between two health checks of a starting server."""
-
-ADAPTATIONS = ("ignore_eos", "stream_options", "temperature", "max_tokens")
-"""Fields of a request that servers refuse. Each is left out unless it was asked for; `max_tokens` has another name."""
 
 STATE = (
     "options", "off_field", "length_field", "tokens_per_word", "fixed_tokens", "prompt_prefix", "conversation_prefix"
@@ -79,6 +77,8 @@ def limits_of(cell: Cell) -> Limits:
     Each token may take 2 KiB and 8 reads; servers send 0.3 to 0.9 KiB per token, in one read.
     """
     tokens, seconds = longest_of(cell)[1], cell.request_timeout_s
+    if not ENDPOINTS[cell.endpoint].generates:
+        return Limits(first_s=seconds, gap_s=min(60.0, seconds), total_s=seconds)
     most_bytes = min((64 << 10) + (2 << 10) * tokens, (16 << 20) + 1024 * tokens)
     return Limits(
         first_s=seconds, gap_s=min(60.0, seconds), total_s=seconds, most_bytes=most_bytes, most_reads=1000 + 8 * tokens
@@ -87,7 +87,7 @@ def limits_of(cell: Cell) -> Limits:
 
 def _named_by(refusal: RequestRecord) -> int:
     """Return the number of our own fields that a refusal names."""
-    return sum(name in refusal.message for name in (*ADAPTATIONS, "max_completion_tokens"))
+    return sum(name in refusal.message for name in (*ENDPOINTS["chat"].refusable, "max_completion_tokens"))
 
 
 class OpenAIBackend(NothingToFetch):
@@ -97,7 +97,7 @@ class OpenAIBackend(NothingToFetch):
     device = "cpu"
 
     def __init__(self, cell: Cell, model: ModelFacts) -> None:
-        self.cell, self.model = cell, model
+        self.cell, self.model, self.endpoint = cell, model, ENDPOINTS[cell.endpoint]
         self.server: ServerProcess | None = None
         self.begun_s = 0.0  # monotonic time at which the server was started
         self.load_s: float | None = None
@@ -205,16 +205,15 @@ class OpenAIBackend(NothingToFetch):
                 self.tokens_per_word = told_per_word
                 self.fixed_tokens = first.prompt_tokens - PROBE_WORDS[0] * self.tokens_per_word
         told = second.cached_tokens is not None
+        counted = second.tokens if self.endpoint.generates else second.prompt_tokens
         self.prompt_prefix = "" if told else secrets.token_hex(8)
         self.facts |= {
             "server.endpoint": self.cell.endpoint,
-            "server.ignore_eos": self._fate("ignore_eos", "asked"),
-            "server.temperature": self._fate("temperature", self.options.get("temperature", "")),
-            "server.length_field": self.length_field,
+            **(self._generation_facts() if self.endpoint.generates else {}),
             "server.request_fields": self._request_fields(),
             **thinking,
             **self._route(),
-            "server.usage": "told" if second.tokens is not None else "not told",
+            "server.usage": "not told" if counted is None else "told",
             "server.prefix_cache": "told" if told else "not told, prompts made unique",
             "server.tokens_per_word": round(self.tokens_per_word, 4),
             "client.loop": type(self.client.loop).__module__.partition(".")[0],
@@ -223,6 +222,13 @@ class OpenAIBackend(NothingToFetch):
         if listed and self.cell.model not in listed:
             self.facts["server.model"] = "not listed, but answered for"
         return self.describe()
+
+    def _generation_facts(self) -> dict[str, str | float]:
+        return {
+            "server.ignore_eos": self._fate("ignore_eos", "asked"),
+            "server.temperature": self._fate("temperature", self.options.get("temperature", "")),
+            "server.length_field": self.length_field,
+        }
 
     def _fate(self, option: str, sent: str | float) -> str | float:
         never = option == "ignore_eos" and self.cell.ignore_eos == "false"
@@ -237,7 +243,8 @@ class OpenAIBackend(NothingToFetch):
     def _request_fields(self) -> str:
         """Return the fields that each request has beside its model, prompt and length, as JSON; variables by name."""
         asked = joined(joined(self.options, self.off_field), loaded(self.cell.extra_body))
-        return json.dumps({"stream": True, **asked}, ensure_ascii=False)[:MAX_FACT]
+        streams = {"stream": True} if self.endpoint.generates else {}
+        return json.dumps({**streams, **asked}, ensure_ascii=False)[:MAX_FACT]
 
     def describe(self) -> LoadInfo:
         return LoadInfo(load_s=self.load_s, facts=self.facts, mapped_weight_bytes=self.mapped_bytes)
@@ -340,7 +347,7 @@ class OpenAIBackend(NothingToFetch):
 
     def read(self, exchange: Exchange) -> RequestRecord:
         """Return the record of an answer. Secrets of the request that the server repeats in it are removed."""
-        return read_answer(exchange, self.secrets)
+        return (read_answer if self.endpoint.generates else read_embedding)(exchange, self.secrets)
 
     def readings(self, trace: Trace) -> tuple[ServerReading, ...]:
         """Return the server's metrics that we know; empty if there are none."""
@@ -385,54 +392,43 @@ class OpenAIBackend(NothingToFetch):
 
     def body(
         self,
-        prompt: str | Sequence[Mapping[str, Any]],
+        prompt: Prompt,
         output_tokens: int,
         number: int | str,
         more: Mapping[str, Any] | None = None,
     ) -> bytes:
         """Build the whole HTTP request for an answer to a prompt or to messages, with more fields of its own."""
-        chat = self.cell.endpoint == "chat"
-        body: dict[str, Any] = {
-            "model": self.cell.model,
-            self.length_field: output_tokens,
-            "stream": True,
-            **self.added(),
-            **(more or {}),
-        }
-        body |= (
-            {"messages": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt}
-            if chat
-            else {"prompt": prompt}
-        )
-        path = "/v1/chat/completions" if chat else "/v1/completions"
-        return http_request(self.address, path, body, number, self.headers)
+        generating = {self.length_field: output_tokens, "stream": True} if self.endpoint.generates else {}
+        body = {"model": self.cell.model, **generating, **self.added(), **(more or {}), **self.endpoint.prompt(prompt)}
+        return http_request(self.address, self.endpoint.path, body, number, self.headers)
 
     def added(self) -> dict[str, Any]:
         """Return the fields of each request beside model, prompt, length and streaming; the user's replace ours."""
         return joined(joined(self.options, self.off_field), self.extra)
 
     def _probe(self, words: int) -> RequestRecord:
-        return self.read(self._ask(words, 1))
+        return self.read(self._ask(words, self.endpoint.least_output))
 
     def _ask(self, words: int, output_tokens: int) -> Exchange:
         prompt = PromptSet("synthetic").words(self.cell, -2, words, words, secrets.token_hex(8))
         return self.client.ask(self.body(prompt, output_tokens, -1))
 
     def _adapt(self, without: Sequence[str]) -> None:
-        """Ask for all options but those of `ADAPTATIONS` that a server refuses."""
+        """Ask for all options of the endpoint but those that a server refuses."""
         cell = self.cell
         every = {
             **({} if cell.ignore_eos == "false" else {"ignore_eos": True}),
             "stream_options": {"include_usage": True},
             "temperature": cell.temperature if cell.temperature % 1 else int(cell.temperature),
         }
-        self.options = {name: value for name, value in every.items() if name not in without}
-        other = "max_completion_tokens" if "max_tokens" in without else "max_tokens"
-        self.length_field = other if cell.max_tokens_field == "auto" else cell.max_tokens_field
+        asked = [name for name in self.endpoint.refusable if name not in without]
+        self.options = {name: value for name, value in every.items() if name in asked}
+        usual = self.endpoint.length_fields[-1 if "max_tokens" in without else 0 :][:1]
+        self.length_field = "".join(usual) if cell.max_tokens_field == "auto" else cell.max_tokens_field
 
     @property
     def _adaptable(self) -> list[str]:
-        """Names of `ADAPTATIONS` that may be left out: those that the cell does not ask for."""
+        """Names of fields that may be left out: those that the cell does not ask for."""
         cell = self.cell
         asked = {
             "ignore_eos": cell.ignore_eos != "auto",
@@ -440,7 +436,7 @@ class OpenAIBackend(NothingToFetch):
             "temperature": cell.temperature != 0,
             "max_tokens": cell.max_tokens_field != "auto",
         }
-        return [name for name in ADAPTATIONS if not asked[name]]
+        return [name for name in self.endpoint.refusable if not asked[name]]
 
     def _probe_options(self) -> RequestRecord:
         """Get a first answer with as many of the options as the server accepts. Raises MeasurementError without one.

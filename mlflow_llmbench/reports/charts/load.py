@@ -58,6 +58,7 @@ def load_figures(sweep: SweepPoints) -> Drawing:
 def _figure_of(cell: Cell, found: Points, asked: float) -> Figure:
     ordered = sorted(found, key=lambda point: (point[0].request_rate or 0.0, point[0].concurrency))
     panels = [panel for panel in PANELS if any(panel[0].key("p50") in metrics for _, metrics, _ in ordered)]
+    panels = panels if cell.generates else [(E2E, "slo_e2e_ms")]
     limited = any(getattr(cell, name) is not None for name in ("slo_ttft_ms", "slo_tpot_ms", "slo_e2e_ms"))
     words = [f"quantization {cell.quant}"] if cell.launch else []
     words += [

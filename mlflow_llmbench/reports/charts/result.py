@@ -108,6 +108,7 @@ def latency_figure(result: RunResult) -> Drawing:
     figure, panels = new_figure(title, settings_text(result.cell), grid=(1, 2 if len(values) else 1), legend=False)
     if len(values):
         _draw_distribution(panels[0], values, weights)
+    what = "Time to first token" if result.cell.generates else "Time to the answer"
     ttft = np.array([(request.stamps_ns[0] - request.start_ns) / 1e6 for request in requests])
     groups = [[request for request in repetition.requests if request.stamps_ns] for repetition in result.repetitions]
     x = [
@@ -124,9 +125,9 @@ def latency_figure(result: RunResult) -> Drawing:
     axes.set_xlim(0.4, len(groups) + 0.6)
     axes.locator_params(axis="x", integer=True, min_n_ticks=1)
     axes.set(
-        title=f"Time to first token · {_count(result, len(ttft))}",
+        title=f"{what} · {_count(result, len(ttft))}",
         xlabel="Repetition",
-        ylabel="Time to first token (ms)",
+        ylabel=f"{what} (ms)",
     )
     return figure
 
