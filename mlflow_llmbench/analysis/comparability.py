@@ -159,6 +159,8 @@ def _workload(result: RunResult) -> dict[str, str]:
     facts: dict[str, Any] = {
         name: value_text(name, getattr(result.cell, name)) for name in ("workload", "prompt_tokens", "output_tokens")
     }
+    if result.cell.prefix_tokens:
+        facts["shared prefix"] = f"{result.cell.prefix_tokens} tokens, {result.cell.prefix_count} in all"
     facts["conversations"] = "as one prompt" if result.cell.history == "none" else "turn by turn"
     if result.cell.workload in DRAWN:
         size = (

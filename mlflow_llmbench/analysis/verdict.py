@@ -49,7 +49,7 @@ def unsupported_percentiles(result: RunResult) -> list[str]:
     """Percentiles that are absent because the sample is too small, as `TTFT p95 (n = 12, needs 59)`."""
     every = requests(result)
     sizes = {
-        "TTFT": len(every),
+        "TTFT" if result.cell.generates else "end to end": len(every),
         "ITL": 0 if several_in_a_step(result) else sum(max(r.output_tokens - 1, 0) for r in every),
     }
     return [

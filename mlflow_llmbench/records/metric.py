@@ -6,6 +6,7 @@ chart section per prefix: `ttft_ms_p50` is logged as `latency/ttft_ms_p50`.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Generic, TypeVar
 
@@ -225,6 +226,15 @@ class Entry(Generic[P]):
     def scale(self) -> float:
         """Factor from the stored to the shown value."""
         return self.place.scale
+
+
+def first_known(entries: Iterable[Entry[P]], known: Callable[[str], bool]) -> list[Entry[P]]:
+    """Return the entries whose key is known, of those with one name only the first."""
+    found: dict[str, Entry[P]] = {}
+    for entry in entries:
+        if known(entry.key):
+            found.setdefault(entry.name, entry)
+    return list(found.values())
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ REQUEST_RATE = Metric(
 TTFT = Metric(
     "latency", "ttft_ms", "t1 − t0: prompt ids on the host → first generated id on the host",
     "ms", (*LATENCY, *OF_MEAN), "lower", "time to first token", "TTFT ms", tolerance=0.05,
-    places=(Column(40, "p50"), Line(40, "p50"),
+    places=(Column(40, "p50", name="latency"), Line(40, "p50", name="latency"),
             Claim(30, "p50", name="first token soonest"), Compared(20, "mean"), Gated(20, "mean", name="ttft"),
             Tag(40, "p50"), Tag(50, "p95"), ExportComment(20, "p50", "ms to the first token (median)", unit=""),
             Panel(20, "p50"), Bars(20, "p50", name="ttft")))
@@ -114,7 +114,8 @@ TPOT = Metric(
 E2E = Metric(
     "latency", "e2e_ms", "tN − t0",
     "ms", ("mean", "p50", "p95", "p99", *OF_MEAN), "lower", "end-to-end latency", "end to end ms",
-    places=(Compared(50, "mean"), Gated(50, "mean", name="e2e"), Tag(90, "p50"), Tag(100, "p95"),
+    places=(Column(45, "p50", name="latency"), Line(45, "p50", name="latency"),
+            Compared(50, "mean"), Gated(50, "mean", name="e2e"), Tag(90, "p50"), Tag(100, "p95"),
             Goal(20, "p50", "median end-to-end latency", "latency")))
 ICL = Metric(
     "latency", "icl_ms", "gaps between chunks or steps that bring several tokens, in place of itl_ms",

@@ -23,7 +23,7 @@ from ..config.spec import cell_fields
 from ..records.cell import PARAMETERS, Cell, as_text, default_text, list_text
 from ..records.environment import GPU_SOFTWARE, QUOTA, quota_text
 from ..records.invocation import option_name
-from ..records.metric import RATIO, Column, Entry, Line, interval_keys
+from ..records.metric import RATIO, Column, Entry, Line, first_known, interval_keys
 from ..records.metrics import (
     KEYS,
     OUTPUT_RATE,
@@ -116,7 +116,7 @@ def _figure(key: str, value: float) -> str:
 
 def columns_of(rows: Sequence[Row]) -> list[Entry[Column]]:
     """Return the metrics in the table of some cells: those that any of them has."""
-    return [entry for entry in shown_in(Column) if any(entry.key in row.metrics for row in rows)]
+    return first_known(shown_in(Column), lambda key: any(key in row.metrics for row in rows))
 
 
 def table_cells(rows: Sequence[Row], varied: Sequence[str]) -> tuple[list[str], list[list[str]]]:
@@ -257,7 +257,8 @@ def _lines(result: RunResult, metrics: Metrics) -> list[list[str]]:
     Processes differ, which a single one cannot show: its interval is called that of this process.
     """
     of = "95 % interval" if process_count(result) > 1 else "95 % interval of this process:"
-    return [[entry.words, _line_text(entry, metrics, of)] for entry in shown_in(Line) if entry.key in metrics]
+    known = first_known(shown_in(Line), metrics.__contains__)
+    return [[entry.words, _line_text(entry, metrics, of)] for entry in known]
 
 
 def _line_text(entry: Entry[Line], metrics: Metrics, of: str) -> str:

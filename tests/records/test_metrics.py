@@ -20,6 +20,7 @@ from mlflow_llmbench.records.metric import (
     Place,
     QualityBound,
     Tag,
+    first_known,
 )
 from mlflow_llmbench.records.metrics import KEYS, METRICS, SECTIONS, SERIES, TPOT, TTFT, by_name, peak_memory, shown_in
 from mlflow_llmbench.reports.metrics import metrics_markdown
@@ -88,3 +89,14 @@ def test_the_page_of_metrics_is_the_table() -> None:
     assert PAGE.read_text(encoding="utf-8") == metrics_markdown(), (
         "docs/reference/metrics.md differs from the table of metrics. Write it again: make reference"
     )
+
+
+def test_metrics_of_one_name_stand_in_for_each_other() -> None:
+    first, answer, other = (
+        Entry(Metric("latency", name, "a time", statistics=("p50",)), Line(order, "p50", name=shared))
+        for name, order, shared in (("ttft", 1, "latency"), ("e2e", 2, "latency"), ("rate", 3, ""))
+    )
+    every = [first, answer, other]
+    assert first_known(every, lambda key: True) == [first, other]
+    assert first_known(every, lambda key: "ttft" not in key) == [answer, other]
+    assert first_known(every, lambda key: False) == []

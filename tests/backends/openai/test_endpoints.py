@@ -18,6 +18,7 @@ from mlflow_llmbench.loadgen.http1 import Exchange
 from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.errors import UsageError
 from mlflow_llmbench.records.results import RequestRecord
+from mlflow_llmbench.reports.result import table_cells
 from mlflow_llmbench.sweeps.sweep import run
 
 from ...null_server import null_server, read_log
@@ -205,6 +206,8 @@ def test_embeddings_have_rates_and_latencies_and_nothing_of_tokens(
     assert metrics["goodput/attainment_ratio"] == 1
     assert {"trust/relative_half_width", "trust/cv_ratio", "window/steady_requests_per_s"} <= set(metrics)
     assert not [key for key in metrics if "ttft" in key or "tpot" in key or "itl" in key or "icl" in key]
+    heading, _ = table_cells([row], [])
+    assert "end to end p50 ms" in heading and not [name for name in heading if "TTFT" in name]
     assert not [key for key in metrics if "output" in key or "total_tokens" in key or "chunk" in key]
     assert row.verdict is not None
     assert not {"length_drift", "chunked_stream"} & {reason.code for reason in row.verdict.reasons}
