@@ -91,7 +91,7 @@ def test_the_page_of_metrics_is_the_table() -> None:
     )
 
 
-def test_metrics_of_one_name_stand_in_for_each_other() -> None:
+def test_the_first_known_metric_of_a_name_is_shown() -> None:
     first, answer, other = (
         Entry(Metric("latency", name, "a time", statistics=("p50",)), Line(order, "p50", name=shared))
         for name, order, shared in (("ttft", 1, "latency"), ("e2e", 2, "latency"), ("rate", 3, ""))
