@@ -33,7 +33,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mlflow_llmbench.analysis import efficiency, latency, summary
-from mlflow_llmbench.backends import peak_rates
+from mlflow_llmbench.backends import accelerator, peak_rates
 from mlflow_llmbench.backends.huggingface.backend import TransformersBackend
 from mlflow_llmbench.measure import interpreter, supervise
 from mlflow_llmbench.measure.batch import compare_decoding, measure_cell, time_request
@@ -104,7 +104,7 @@ def identities(device: str, found: Findings) -> None:
 
 def probe(device: str, found: Findings) -> None:
     """Are the best rates the same cold and warm, and those that are known of this GPU?"""
-    cache = peak_rates.device_cache_bytes(device) or 0
+    cache = accelerator.cache_bytes(device) or 0
     cold, warm = (peak_rates.measure_peaks(device, cache) for _ in range(2))
     found.values.update(cache_bytes=cache, cold=cold, warm=warm)
     for name in ("read_bytes_per_s", "flops_per_s"):

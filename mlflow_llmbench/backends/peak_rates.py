@@ -16,6 +16,7 @@ from ..analysis import probe
 from ..records.errors import MissingError
 from ..system import machine
 from ..system.python_command import code_command, safe
+from . import accelerator
 from .base import COMMAND_PYTHON
 
 T = TypeVar("T")
@@ -34,15 +35,6 @@ CACHE_FACTOR = 4
 """The buffer has at least this many times the size of the last-level cache, so that it is read from memory."""
 
 
-def device_cache_bytes(device: str) -> int | None:
-    """Return the size of a device's last-level cache in bytes; None if the system does not tell."""
-    if not device.startswith("cuda"):
-        return machine.last_level_cache_bytes()
-    import torch
-
-    return int(torch.cuda.get_device_properties(device).L2_cache_size)
-
-
 def measure_peaks(device: str, last_level_cache_bytes: int) -> dict[str, float]:
     """Measure `read_bytes_per_s` and `flops_per_s` of a device (torch's name). Takes about a second on a quiet machine.
 
@@ -55,34 +47,33 @@ def measure_peaks(device: str, last_level_cache_bytes: int) -> dict[str, float]:
     """
     import torch
 
-    cuda = device.startswith("cuda")
+    on_gpu = device != "cpu"
     size = max(256_000_000, CACHE_FACTOR * last_level_cache_bytes)
-    if cuda:
-        size = min(2_000_000_000, torch.cuda.mem_get_info(device)[0] // 4)
+    if on_gpu:
+        size = min(2_000_000_000, accelerator.free_bytes(device) // 4)
     columns = 4096
     matrix = torch.ones((size // 4 // columns, columns), device=device)
     vector = torch.ones(columns, device=device)
     read_bytes = matrix.numel() * 4
 
     def finish() -> None:
-        if cuda:
-            torch.cuda.synchronize(device)
+        accelerator.synchronise((device,))
 
     with torch.inference_mode():
-        if cuda:
+        if on_gpu:
             warm(matrix.sum, finish)
         before = machine.take_readings(device)
         reads = (matrix.sum, partial(torch.mv, matrix, vector))
-        most = MOST_LAUNCHES if cuda else 1
+        most = MOST_LAUNCHES if on_gpu else 1
         read_s, read_agreement = until_two_agree(partial(_quickest, reads, finish, most))
         del matrix, vector, reads
-        n = 8192 if cuda else 1024
+        n = 8192 if on_gpu else 1024
 
         def product(dtype: torch.dtype, side: int) -> Callable[[], object]:
             square = torch.ones((side, side), device=device, dtype=dtype)
             return partial(torch.mm, square, square)
 
-        dtypes = (torch.float32, torch.bfloat16, *((torch.float16,) if cuda else ()))
+        dtypes = (torch.float32, torch.bfloat16, *((torch.float16,) if on_gpu else ()))
         trials = {dtype: _best(product(dtype, n // 8), finish, most) for dtype in dtypes}
         flops = []
         for dtype in worth_measuring(trials):

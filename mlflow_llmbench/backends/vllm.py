@@ -21,11 +21,12 @@ from ..records.errors import MeasurementError, MissingError, NotRealised, UsageE
 from ..records.quantizations import FLOAT_DTYPES
 from ..records.results import LoadInfo, ModelFacts
 from ..system import gpu, machine
+from . import accelerator
 from .base import Capabilities, DeviceMemory, Distribution
 from .checkpoints import files, sources
 from .engine import MIN_ROWS, EngineBase, StepAligner
 from .huggingface import scoring
-from .peak_rates import device_cache_bytes, measure_peaks
+from .peak_rates import measure_peaks
 
 if TYPE_CHECKING:
     import torch
@@ -232,7 +233,7 @@ class VllmBackend(EngineBase):
                 self.facts.config or {}, None if weights is None else weights - looked_up
             ),
             **(shape.cost_fields(_item_size(kv_type)) if shape else {}),
-            cache_bytes=device_cache_bytes(self.device),
+            cache_bytes=accelerator.cache_bytes(self.device),
             facts=facts,
             vocab_size=int(settings.model_config.get_vocab_size()),
         )
@@ -317,23 +318,11 @@ class VllmBackend(EngineBase):
     # Device
 
     def device_memory(self, reset: bool = False) -> DeviceMemory | None:
-        if self.meter is None:
-            return None
-        import torch
-
-        seen = DeviceMemory(
-            torch.cuda.memory_allocated(),
-            torch.cuda.memory_reserved(),
-            torch.cuda.max_memory_reserved(),
-            self.meter.read(),
-        )
-        if reset:
-            torch.cuda.reset_peak_memory_stats()
-        return seen
+        return accelerator.device_memory((self.device,), self.meter, reset)
 
     def peaks(self) -> dict[str, float]:
         with foreign_errors("measuring the device's best rates", "vLLM"):
-            return measure_peaks(self.device, device_cache_bytes(self.device) or 0)
+            return measure_peaks(self.device, accelerator.cache_bytes(self.device) or 0)
 
     def close(self) -> None:
         if self.engine is not None:

@@ -30,7 +30,7 @@ WORDS: dict[str, tuple[str, ...]] = {
     "workload": WORKLOADS,
     "backend": tuple(RUNTIMES),
     "quality": ("none", "auto"),
-    "device": ("auto", "cpu", "cuda"),
+    "device": ("auto", "cpu", "cuda", "xpu", "mps"),
     "place": ("here", "ray"),
     "loss": LOSSES,
     "flag": ("true", "false"),
@@ -54,7 +54,7 @@ METAVARS = {
     "body": "JSON|FILE",
     "headers": "JSON|FILE",
     "pem": "FILE",
-    "device": "[auto|cpu|cuda|cuda:N]",
+    "device": "[auto|cpu|cuda|cuda:N|xpu|xpu:N|mps]",
     "place": "[here|ray|ray://HOST:PORT]",
 }
 """Kind of a parameter → what stands for its value in the help, unless it is a short choice of words."""

@@ -47,6 +47,9 @@ def check_declared(cell: Cell) -> None:
         raise UsageError(
             f"{library} has no quant={cell.quant}. With backend={backend} use {', '.join(own.quantizations)}."
         )
+    kind = cell.device.partition(":")[0]
+    if kind not in ("auto", *own.devices) and not own.online:
+        raise UsageError(f"{library} does not run on device={cell.device}. Use device={','.join(own.devices)}.")
     if cell.weights == "random" and not own.random_weights:
         raise UsageError(f"backend={backend} has no weights=random. Use weights=hub.")
     if cell.attention not in own.attentions:

@@ -115,9 +115,9 @@ def _parse_flag(name: str, text: str) -> bool:
 
 
 def _parse_device(name: str, text: str) -> str:
-    if text in ("auto", "cpu", "cuda") or re.fullmatch(r"cuda:\d{1,3}", text):
+    if re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d{1,3})?", text):
         return text
-    raise UsageError(f"Unknown {name}: {text}. Give auto, cpu, cuda or cuda:N.")
+    raise UsageError(f"Unknown {name}: {text}. Give auto, cpu, cuda, cuda:N, xpu, xpu:N or mps.")
 
 
 def _parse_place(name: str, text: str) -> str:

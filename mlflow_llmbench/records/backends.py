@@ -93,6 +93,7 @@ class Capabilities:
     delegates: tuple[str, ...] = ()  # backends that run, in the same sweep, quantizations that this one lacks
     attentions: tuple[str, ...] = ("auto",)  # values of `attention`
     decodes: tuple[str, ...] = ("generate",)  # values of `decode`; a backend with more is a `base.DecodingBackend`
+    devices: tuple[str, ...] = ("cpu", "cuda")  # kinds of devices; a server's are its own
     kv_caches: tuple[str, ...] = ()  # values of `kv_cache` besides auto
     default_kv_cache: str = ""  # value that `kv_cache=auto` means; empty = the dtype of the computation
     preallocates: tuple[str, ...] = ("compiled",)  # values of `decode` with the whole KV cache from the first token on

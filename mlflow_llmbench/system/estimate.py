@@ -304,8 +304,11 @@ def available_memory(device: str, limit: int | None) -> AvailableMemory:
 
     `limit` in bytes applies to the CPU only. Raises MissingError if there is no such device.
     """
-    if machine.require_device(device).startswith("cuda"):
+    named = machine.require_device(device)
+    if named.startswith("cuda"):
         return gpu.free_bytes(int(device.partition(":")[2] or 0)), ON_GPU
+    if named.startswith("xpu"):
+        return None, ON_GPU  # there is no reader; an Apple GPU uses the host's memory
     available = memory.available_bytes()
     if limit is not None and (available is None or limit < available):
         return limit, "are allowed by memory_limit"

@@ -33,7 +33,7 @@ from ..records.invocation import command_text
 from ..records.noise import Noise
 from ..records.quantizations import LIBRARY_PACKAGES
 from ..records.results import hash16
-from . import cgroups, cpu_time, gpu, memory, pressure, torch_runtime
+from . import cgroups, cpu_time, gpu, memory, other_devices, pressure, torch_runtime
 from .cgroups import ROOT
 from .gpu import GpuReading
 
@@ -50,7 +50,7 @@ def cpu_name() -> str:
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
         if found:
             return found[1].strip()
-    return platform.processor() or platform.machine() or "unknown"
+    return other_devices.apple_cpu_name() or platform.processor() or platform.machine() or "unknown"
 
 
 def die_with_parent() -> None:
@@ -115,6 +115,8 @@ def require_device(device: str) -> str:
 
     Raises MissingError if the named device does not exist.
     """
+    if device.startswith(other_devices.KINDS):
+        return other_devices.require(device)
     found = gpu.gpus() if device != "cpu" else []
     if device == "auto":
         return "cuda" if found and _torch_starts_on(found[0]["cuda"]) else "cpu"

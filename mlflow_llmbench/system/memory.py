@@ -18,6 +18,9 @@ from pathlib import Path
 from . import cgroups
 from .cgroups import ROOT
 
+PROC = Path("/proc")
+"""Linux's folder of processes. Where it is absent, psutil is asked."""
+
 
 @dataclass(frozen=True)
 class HostMemory:
@@ -36,11 +39,11 @@ def read(pid: int | str = "self") -> HostMemory | None:
     try:
         fields = dict(
             line.split(":", 1)
-            for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+            for line in (PROC / str(pid) / "status").read_text().splitlines()
             if line.startswith(("Vm", "Rss"))
         )
     except (FileNotFoundError, ProcessLookupError):
-        return _read_psutil(pid) if not Path("/proc/self/status").exists() else None
+        return _read_psutil(pid) if not (PROC / "self" / "status").exists() else None
     if "VmRSS" not in fields:  # a process that has ended and has not been waited for
         return None
     size = {name: int(text.split()[0]) * 1024 for name, text in fields.items()}
@@ -51,9 +54,9 @@ def descendants(pid: int) -> list[int]:
     """Return the running descendants of a process, without itself, in no order. Costs some milliseconds."""
     parents: dict[int, int] = {}
     ended: set[int] = set()
-    if not Path("/proc/self/stat").exists():
+    if not (PROC / "self" / "stat").exists():
         return _descendants_psutil(pid)
-    for folder in Path("/proc").glob("[0-9]*"):
+    for folder in PROC.glob("[0-9]*"):
         with contextlib.suppress(OSError, ValueError, IndexError):
             state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
             parents[int(folder.name)] = int(parent)
@@ -84,7 +87,7 @@ def forget_references(pids: Iterable[int]) -> bool:
     done = []
     for pid in pids:
         try:
-            Path(f"/proc/{pid}/clear_refs").write_text("3")
+            (PROC / str(pid) / "clear_refs").write_text("3")
             done.append(True)
         except OSError:
             done.append(False)
@@ -109,7 +112,7 @@ def referenced_bytes(pids: Iterable[int]) -> int:
 def _mappings(pid: int) -> Iterator[tuple[str, dict[str, int]]]:
     """Yield the large mapped files of a process, with the kernel's figures for each mapping in bytes."""
     try:
-        lines = Path(f"/proc/{pid}/smaps").read_text(errors="replace").splitlines()
+        lines = (PROC / str(pid) / "smaps").read_text(errors="replace").splitlines()
     except OSError:
         return
     name, fields = "", dict[str, int]()
@@ -157,7 +160,7 @@ def reset_peak(pid: int | str = "self") -> bool:
     Return False if the kernel does not allow it (`/proc/PID/clear_refs`, proc(5)); a peak then covers the whole life.
     """
     try:
-        Path(f"/proc/{pid}/clear_refs").write_text("5")
+        (PROC / str(pid) / "clear_refs").write_text("5")
     except OSError:
         return False
     return True
@@ -175,7 +178,7 @@ def _file_mappings() -> list[tuple[int, int, str, int]]:
     Empty if /proc/self/maps does not exist.
     """
     try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
+        lines = (PROC / "self" / "maps").read_text().splitlines()
     except OSError:
         return []
     found = []

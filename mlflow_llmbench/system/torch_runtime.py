@@ -41,6 +41,12 @@ def versions(
     return found
 
 
+def has_xpu() -> bool:
+    """Return True if the installed torch is a build for Intel's GPUs (`torch.version.xpu`)."""
+    torch = _torch_folder()
+    return bool(torch and _built_for(torch / "version.py").get("xpu"))
+
+
 def library_folders() -> list[Path]:
     """Return the folders in which the loader finds libraries: those of the environment, of conda, of the system."""
     named = filter(None, os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep))

@@ -28,7 +28,7 @@ from .. import accelerator
 from ..base import CHECKPOINT, Capabilities, DeviceMemory, Emit, Token
 from ..checkpoints import files, sources
 from ..parallel import RankMemory
-from ..peak_rates import device_cache_bytes, measure_peaks
+from ..peak_rates import measure_peaks
 from . import decoding, logits, mixed, placing, pruning, quantization, recipe, sharding
 from .continuous import ContinuousEngine
 from .decoding import DecodePath, History
@@ -57,6 +57,7 @@ class TransformersBackend:
         delegates=("llama_cpp",),
         attentions=ATTENTIONS,
         decodes=DECODES,
+        devices=("cpu", "cuda", "xpu", "mps"),
         kv_caches=tuple(decoding.KV_BACKENDS),
         parameters=("tensor_parallel", "prune", "placement"),
         serving=CHECKPOINT,
@@ -148,7 +149,8 @@ class TransformersBackend:
         if not gguf_file:
             files.require_whole(self.facts.name, Path(folder))
         self.weights_format = "gguf" if gguf_file else files.weights_format(folder)
-        self._take_device()
+        with foreign_errors("starting the device"):
+            accelerator.take(self.device)
         if self.store:
             sharding.join(self.cell, self.device, self.rank, self.store)
         self.plan = mixed.plan_of(self.cell, self.facts) if self.cell.quant == MIXED else None
@@ -186,15 +188,6 @@ class TransformersBackend:
         self.parts = [sharding.Part.of(info, found)]
         return info
 
-    def _take_device(self) -> None:
-        """Make the device the current one of the libraries that ask for no other, and check which GPU it is."""
-        if self.device.startswith("cuda"):
-            import torch
-
-            with foreign_errors("starting CUDA"):
-                torch.cuda.set_device(self.device)
-                gpu.check_identity(self.device, str(torch.cuda.get_device_properties(self.device).uuid))
-
     def _load_assistant(self, dtype: str) -> Any:
         """Load the small model that proposes tokens, in the dtype of the computation; None if the cell has none."""
         if self.facts.assistant is None:
@@ -219,7 +212,7 @@ class TransformersBackend:
             return FLOAT_DTYPES[self.plan.sensitivity.kept]
         scheme = SCHEMES[self.cell.quant]
         if scheme.made_while_loading:
-            return "bfloat16" if mixed.has_bfloat16(self.device) else "float16"
+            return "bfloat16" if accelerator.has_bfloat16(self.device) else "float16"
         return scheme.dtype or "auto"
 
     def _recipe(self, gguf_file: str | None, dtype: str) -> dict[str, Any]:
@@ -260,6 +253,7 @@ class TransformersBackend:
             else "false",
             "model.attention": str(getattr(config, "_attn_implementation", "unknown")),
             "model.device": found.device,
+            **({"model.device_name": named} if (named := self._device_name()) else {}),
             **placing.facts(placed),
             **({"memory.device_source": self.meter.source} if self.meter else {}),
             **({} if found.linear_bits is None else {"quant.bits_per_weight": round(found.linear_bits, 3)}),
@@ -280,7 +274,7 @@ class TransformersBackend:
             weight_bytes=found.weight_bytes,
             step_bytes=model_shape.read_by_step(config.to_dict(), found.step_bytes),
             **costs,
-            cache_bytes=device_cache_bytes(self.device),
+            cache_bytes=accelerator.cache_bytes(self.device),
             facts=facts,
             vocab_size=int(config.vocab_size),
             mapped_weight_bytes=found.mapped_bytes,
@@ -288,6 +282,10 @@ class TransformersBackend:
             made=sources.local_files(self.cell, self.facts)[0] if maker or self.facts.pruned else None,
             placement=placed or None,
         )
+
+    def _device_name(self) -> str | None:
+        """Name of a device that the fingerprint of the machine does not name: all but NVIDIA's."""
+        return None if self.meter else accelerator.name(self.device)
 
     # Generating
 
@@ -344,6 +342,7 @@ class TransformersBackend:
         if self._watch:
             arguments = {**arguments, **self._watch.arguments()}
         with foreign_errors("generating"), torch.inference_mode(), contextlib.ExitStack() as stack:
+            stack.enter_context(accelerator.stopping_at_once(self.device))
             if not self._checked_late:
                 streamer = stack.enter_context(late_check(self.model, streamer))
                 self._checked_late = True
@@ -462,13 +461,13 @@ class TransformersBackend:
     # Device
 
     def device_memory(self, reset: bool = False) -> DeviceMemory | None:
-        if self.ranks and reset and self.meter:
+        if self.ranks and reset and self.device != "cpu":
             self.ranks.device_memory(reset)
         return accelerator.device_memory(self.devices, self.meter, reset)
 
     def peaks(self) -> dict[str, float]:
         with foreign_errors("measuring the device's best rates"):
-            found = measure_peaks(self.device, device_cache_bytes(self.device) or 0)
+            found = measure_peaks(self.device, accelerator.cache_bytes(self.device) or 0)
         self.trim()
         return found
 

@@ -32,6 +32,7 @@ from ...records.quantizations import FLOAT_DTYPES, MIXED, SCHEMES
 from ...records.results import ModelFacts, hash16
 from ...system import machine
 from ...workloads.prompts import load_prompts
+from .. import accelerator
 from . import inspection, knapsack, passages, recipe, scoring
 from .quantization import complete
 
@@ -165,7 +166,7 @@ def make(cell: Cell, model: ModelFacts, source: str, tokenizer: Callable[[], Any
     words = None if cell.weights == "random" else tokenizer()
     try:
         with torch.inference_mode():
-            kept = kept_scheme(model, has_bfloat16(device))
+            kept = kept_scheme(model, accelerator.has_bfloat16(device))
             loaded = _load(cell, source, kept).to(device)
             ids = torch.tensor(_passages(cell, int(loaded.config.get_text_config().vocab_size), words), device=device)
             reference = _logits(loaded, ids)
@@ -357,16 +358,6 @@ def _load(cell: Cell, source: str, kept: str) -> Any:
             **attention,
         )
     return model.eval()
-
-
-def has_bfloat16(device: str) -> bool:
-    """Return True if a device computes in bf16 natively."""
-    import torch
-
-    if device == "cpu":
-        return True
-    with torch.cuda.device(device):  # it asks the current one
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 @contextlib.contextmanager

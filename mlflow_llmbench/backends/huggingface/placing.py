@@ -38,6 +38,8 @@ def refusal(cell: Cell, model: ModelFacts) -> str | None:
             f"placement=auto lays whole layers out over devices, and tensor_parallel={cell.tensor_parallel} divides "
             "each. Use one of them."
         )
+    if cell.device.startswith(("xpu", "mps")):
+        return f"placement=auto knows the memory of NVIDIA GPUs only, not of device={cell.device}. Use device=cpu."
     method = ((model.config or {}).get("quantization_config") or {}).get("quant_method")
     if cell.quant not in LAID_OUT or method or model.source in sources.GGUF_SOURCES:
         what = method or ("a GGUF file" if model.source in sources.GGUF_SOURCES else f"quant={cell.quant}")

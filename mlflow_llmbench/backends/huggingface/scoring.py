@@ -22,6 +22,7 @@ from ...records import reading
 from ...records.errors import MeasurementError, NotFinite, UsageError
 from ...records.results import Divergence, ModelFacts, TextScores, hash16
 from ...workloads.prompts import Text, load_prompts
+from .. import accelerator
 from ..base import Backend
 
 if TYPE_CHECKING:
@@ -134,10 +135,9 @@ def losses(logits: torch.Tensor, targets: Sequence[int]) -> list[float]:
 
     found: list[float] = []
     for start in range(0, len(targets), ROWS):
-        wanted = torch.tensor(targets[start : start + ROWS], device=logits.device)
-        found += torch.nn.functional.cross_entropy(
-            logits[start : start + ROWS].double(), wanted, reduction="none"
-        ).tolist()
+        own = accelerator.doubled(logits[start : start + ROWS])
+        wanted = torch.tensor(targets[start : start + ROWS], device=own.device)
+        found += torch.nn.functional.cross_entropy(own, wanted, reduction="none").tolist()
     return [round(_finite(value), 6) for value in found]
 
 
@@ -194,7 +194,7 @@ def divergence(reference: torch.Tensor, own: torch.Tensor) -> tuple[list[float],
     distances: list[float] = []
     agrees: list[bool] = []
     for start in range(0, len(own), ROWS):
-        mine, its = own[start : start + ROWS].double(), reference[start : start + ROWS].double()
+        mine, its = (accelerator.doubled(one[start : start + ROWS]) for one in (own, reference))
         log_p, log_q = torch.log_softmax(its, -1), torch.log_softmax(mine, -1)
         terms = torch.where(torch.isneginf(log_p), 0.0, log_p.exp() * (log_p - log_q))
         distances += terms.sum(-1).tolist()

@@ -76,6 +76,8 @@ def refusal(cell: Cell, model: ModelFacts) -> str | None:
     if ranks == 1:
         return None
     asked = f"tensor_parallel={ranks}"
+    if cell.device.startswith(("xpu", "mps")):
+        return f"{asked} runs on NVIDIA GPUs or a CPU, not on device={cell.device}. Use device=cpu."
     if cell.decode != "generate" or cell.kv_cache is not None:
         other = f"decode={cell.decode}" if cell.decode != "generate" else f"kv_cache={cell.kv_cache}"
         return f"{asked} works with decode=generate and kv_cache=auto only, and {other} is asked for. Use one of them."
