@@ -47,8 +47,7 @@ PACKAGES = (
 def cpu_name() -> str:
     """Model name of the CPU."""
     with contextlib.suppress(OSError):
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        if found:
+        if found := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
             return found[1].strip()
     return other_devices.apple_cpu_name() or platform.processor() or platform.machine() or "unknown"
 
@@ -154,7 +153,6 @@ def own_commit() -> str | None:
 
 NO_QUOTA = ("quota_cpus", None)
 """A fact that is left out of the hash of the hardware, so that results of earlier versions have the same one."""
-
 
 GPU_IDENTITY = ("name", "memory_bytes", "mig", "multiprocessors")
 """Facts of a GPU that the hash of the hardware covers; `multiprocessors` tells instances of one GPU apart."""

@@ -144,7 +144,7 @@ def test_auto_none_and_flags() -> None:
         ({"batch_size": "99999999"}, r"batch_size is too large: 99999999\. The largest is 4,096\."),
         ({"precision_target": "nan"}, r"precision_target is not a number: nan"),
         ({"prompt_tokens": "inf"}, r"prompt_tokens is not a whole number: inf\. Give a whole number from 1 or auto\."),
-        ({"device": "tpu"}, r"Unknown device: tpu\. Give auto, cpu, cuda or cuda:N\."),
+        ({"device": "tpu"}, r"Unknown device: tpu\. Give auto, cpu, cuda, cuda:N, xpu, xpu:N or mps\."),
         ({"seed": "1,2"}, r"seed is not a whole number: 1,2"),
         ({"repetitions": [5, 6]}, r"repetitions takes one value: 5,6\. Lists are allowed for model, quant"),
         ({"quant": "int8,,int4"}, (
