@@ -24,6 +24,9 @@ MOST_HEADER_BYTES = 100_000_000  # the limit of safetensors itself
 MOST_WEIGHT_BYTES, MOST_CONFIG_BYTES = 1 << 50, 20_000_000
 SMALL_FILES = (".json", ".jinja", ".model", ".tiktoken", ".txt")
 BY_TOKENIZERS = ("tokenizer.json", "vocab.json")
+TOKENIZER_NAMES = ("token", "vocab", "merges", "spiece", "sentencepiece", "bpe", ".model", ".tiktoken")
+"""Parts of the names of files that tokenizers consist of."""
+
 ADVICE = "Download the model again"
 
 
@@ -105,6 +108,21 @@ def no_text(cell: Cell, why: str) -> ModelError:
     return ModelError(
         f"{cell.model} does not generate text token by token: {why}. Use a causal language model (GPT-2, Llama, …)."
     )
+
+
+def no_tokenizer(cell: Cell) -> ModelError:
+    """Return the error for a model without a tokenizer that is asked for texts."""
+    return ModelError(
+        f"{cell.model} has no tokenizer, which texts need. Add its files (tokenizer.json), or measure without texts: "
+        "workload=synthetic, quality=none, and not quant=mixed."
+    )
+
+
+def require_tokenizer(cell: Cell, folder: Path) -> None:
+    """Raise ModelError if no file of a folder can be one of a tokenizer, judged by the names."""
+    names = [path.name.lower() for path in folder.iterdir()]
+    if not any(part in name for name in names for part in TOKENIZER_NAMES):
+        raise no_tokenizer(cell)
 
 
 def refuse_requantization(cell: Cell, name: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ...config import model_shape, models
 from ...records import reading
-from ...records.cell import Cell
+from ...records.cell import DRAWN, Cell
 from ...records.errors import ModelError, UsageError, first_line
 from ...records.invocation import command_text
 from ...records.reading import Unreadable
@@ -69,7 +69,14 @@ def _find(cell: Cell) -> ModelFacts:
 def assistant_of(cell: Cell) -> Cell:
     """Return the cell of the assistant model that proposes tokens: unquantized, at its main branch."""
     return dataclasses.replace(
-        cell, model=cell.assistant or "", revision="main", quant="none", prune=None, decode="generate", assistant=None
+        cell,
+        model=cell.assistant or "",
+        revision="main",
+        quant="none",
+        prune=None,
+        decode="generate",
+        assistant=None,
+        workload=DRAWN[0],  # it is given ids, so it needs no tokenizer
     )
 
 
@@ -160,6 +167,8 @@ def _folder(cell: Cell, path: Path) -> ModelFacts:
         raise ModelError(f"The folder {cell.model} has no weights (*.safetensors). Download them, or check the path.")
     files.refuse_pickle(cell, "folder", [file.name for file in weights])
     files.require_whole(cell.model, path)
+    if cell.workload not in DRAWN:
+        files.require_tokenizer(cell, path)
     size = sum(file.stat().st_size for file in weights)
     return files.read_facts(
         cell, "folder", str(path.resolve()), files.content_hash([config_file, *weights]), config_file, size
@@ -246,7 +255,7 @@ def _tokenizer(cell: Cell, folder: str, gguf_file: str | None) -> Any:
 
     keywords: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
     try:
-        return AutoTokenizer.from_pretrained(
+        found = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=cell.trust_remote_code, **keywords
         )
     except Exception as error:
@@ -259,3 +268,6 @@ def _tokenizer(cell: Cell, folder: str, gguf_file: str | None) -> Any:
             f"The tokenizer of {cell.model} cannot be loaded: {first_line(error)}. Use workload=synthetic, or complete "
             "the model's files."
         ) from None
+    if len(found) <= len(found.all_special_tokens):  # of some types, transformers makes an empty one without files
+        raise files.no_tokenizer(cell)
+    return found

@@ -151,6 +151,26 @@ def test_files_of_a_tokenizer(folder: Path, name: str, damage: Callable[[Path], 
     assert refused().startswith(f"The file {name} of m cannot be read: it ")
 
 
+def test_texts_are_refused_before_the_load_if_no_file_is_a_tokenizers(folder: Path) -> None:
+    """Of some types, as OPT's, transformers makes a tokenizer without files: it gives no ids for any text."""
+    cell = Cell(model="m", workload="qa")
+    with pytest.raises(ModelError, match=r"^m has no tokenizer, which texts need\. Add its files"):
+        sources.find_model(cell)
+    assert find().name == "m"  # drawn ids need none
+    (folder / "vocab.json").write_text("{}")
+    assert sources.find_model(cell).name == "m"
+
+
+@pytest.mark.parametrize("kind", ["opt", "gemma3_text", "qwen3", "cohere"])
+def test_an_empty_tokenizer_is_none(folder: Path, kind: str) -> None:
+    from transformers import AutoConfig
+
+    AutoConfig.for_model(kind).save_pretrained(folder)
+    cell = Cell(model="m")
+    with pytest.raises(ModelError, match=r"^m has no tokenizer"):
+        sources.load_tokenizer(cell, ModelFacts("m", "folder", str(folder.resolve()), "r"))
+
+
 @pytest.mark.parametrize(
     "content",
     ["[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": ["x"]}}', '{"weight_map": 1}',
