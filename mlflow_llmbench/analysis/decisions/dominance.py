@@ -14,11 +14,26 @@ from dataclasses import dataclass
 
 from ...records.calibration import Calibration
 from ...records.metrics import KEYS
-from ..comparison import BETTER, SIGNIFICANCE, UNTESTED, Comparison, Errors, compare, metric_test
+from ..comparison import (
+    BETTER,
+    COMPARED,
+    SIGNIFICANCE,
+    UNTESTED,
+    Comparison,
+    Errors,
+    MetricTest,
+    ValueOf,
+    compare,
+    metric_test,
+)
+from ..repetitions import PER_REPETITION
 from .candidates import Candidate, Measure, values_of
 
 ALLOWABLE = ("hardware", "software", "workload", "scenario")
 """Kinds of differences among the results that can be accepted."""
+
+TESTED = frozenset(entry.key for entry in COMPARED)
+"""Metrics that `compare` looks at; those with a value for each repetition are tested."""
 
 ONCE = ("memory", "quality")
 """Sections of metrics that a run has only once."""
@@ -68,6 +83,8 @@ class Judge:
         key = measure.key(a.metrics)
         if key is None or not self.looks_better(a, b, measure):
             return False
+        if (told := self._told_alone(a, b, key)) is not None:
+            return told
         effect = self.compare(a, b).effect(key)
         if effect is not None and effect.effect != UNTESTED:
             return effect.effect == BETTER
@@ -76,9 +93,31 @@ class Judge:
         first, second = values_of(a, key), values_of(b, key)
         if first is None or second is None:
             return False
-        errors = Errors.of(a.result, b.result, (a.verdict, b.verdict), paired=False, calibrations=self.calibrations)
-        test = metric_test(key, (first, second), (a.result, b.result), errors)
+        test = self._test(a, b, key, (first, second))
         return test is not None and test.found.p_value < SIGNIFICANCE
+
+    def _told_alone(self, a: Candidate, b: Candidate, key: str) -> bool | None:
+        """Return what `compare` would say of one metric, if its own p value decides; None if not.
+
+        Holm's p value is at least that, and at most that times the number of tests. Most of a thousand candidates are
+        told apart in this way, in a fifth of the time.
+        """
+        of = PER_REPETITION.get(key)
+        if of is None or key not in TESTED or not a.metrics.get(key):
+            return None
+        test = self._test(a, b, key, (of, of))
+        if test is None:
+            return None
+        p_value, difference = test.found.p_value, test.found.difference
+        if p_value >= SIGNIFICANCE:
+            return False
+        if p_value * len(TESTED) >= SIGNIFICANCE:
+            return None
+        return abs(difference) >= math.log1p(self.noise) and (difference > 0) == (KEYS[key].better == "higher")
+
+    def _test(self, a: Candidate, b: Candidate, key: str, of: tuple[ValueOf, ValueOf]) -> MetricTest | None:
+        errors = Errors.of(a.result, b.result, (a.verdict, b.verdict), paired=False, calibrations=self.calibrations)
+        return metric_test(key, of, (a.result, b.result), errors)
 
 
 DEFAULT_JUDGE = Judge()

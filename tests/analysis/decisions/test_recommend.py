@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import json
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,31 @@ def _drawn(found: Recommendation, folder: Path) -> list[Path]:
 
 def names(found: Sequence[object]) -> list[str]:
     return [getattr(one, "candidate", one).name for one in found]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_what_one_metric_tells_alone_is_what_the_whole_comparison_says(known: bool) -> None:
+    """Holm's p value is computed only where the metric's own does not decide."""
+    noise = random.Random(18)
+    pairs, target = [], GOALS["throughput"]
+    for number in range(60):
+        spread, change = 0.002 + 0.02 * (number % 5), 1 + noise.choice([0, 0.002, 0.02, 0.05, 0.5])
+        one, other = (
+            result(quant, 1, 10 * by, 20 * by, factors=[noise.gauss(1, spread) for _ in range(5 + number % 20)])
+            for quant, by in (("bf16", change), ("int8", 1.0))
+        )
+        pairs.append(candidates([one, other]))
+    told = []
+    for a, b in pairs:
+        judge = Judge(calibrations=(known_noise(a.result),) if known else ())
+        key = target.key(a.metrics)
+        assert key is not None
+        effect = judge.compare(a, b).effect(key)
+        assert effect is not None
+        expected = judge.looks_better(a, b, target) and effect.effect == "better"
+        assert judge.surely_better(a, b, target) == expected, (effect, a.name)
+        told.append(expected)
+    assert 0 < sum(told) < len(told)
 
 
 def test_the_fastest_within_the_limits_wins_and_the_others_are_told_why() -> None:
