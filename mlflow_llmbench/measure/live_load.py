@@ -76,7 +76,7 @@ def observed(cell: Cell, ended: Sequence[EndedRequest], in_flight: int, seconds:
         len(ended),
         len(ended) - len(whole),
         in_flight,
-        _middle_and_high([(one.first_ns - one.begun_ns) / 1e6 for one in whole]),
+        _middle_and_high([(one.first_ns - one.begun_ns) / 1e6 for one in whole]) if cell.generates else None,
         _middle_and_high([(one.ended_ns - one.begun_ns) / 1e6 for one in whole]),
         sum(_is_good(cell, one) for one in whole) if limited else None,
     )

@@ -118,6 +118,9 @@ SERVED = {"backend": "openai", "url": "http://h"}
         ({**SERVED, "request_rate": 1.0, "ramp_to": 5.0, "arrival": "gamma"},
          ONLINE - {"concurrency"} | {"request_rate", "arrival", "ramp_to", "burstiness"}),
         ({**SERVED, "trace": "t.jsonl"}, ONLINE - {"concurrency", "prompt_tokens", "output_tokens"} | {"trace"}),
+        ({**SERVED, "prefix_tokens": 64}, ONLINE | {"prefix_tokens", "prefix_count"}),
+        ({**SERVED, "endpoint": "embeddings"},
+         ONLINE - {"output_tokens", "temperature", "ignore_eos", "max_tokens_field"}),
     ],
 )  # fmt: skip
 def test_a_cell_has_the_parameters_that_mean_something_in_it(given: dict[str, Any], fields: set[str]) -> None:

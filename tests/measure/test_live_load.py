@@ -41,6 +41,8 @@ def test_a_worked_example() -> None:
         ({"slo_ttft_ms": 20.0, "slo_e2e_ms": 110.0}, 1),
     ):
         assert observed(dataclasses.replace(CELL, **limits), ended, 0, 10.0).good == good  # type: ignore[arg-type]
+    embedded = observed(dataclasses.replace(CELL, endpoint="embeddings"), ended, 0, 10.0)
+    assert embedded.ttft_ms is None and embedded.e2e_ms == found.e2e_ms
     none = observed(dataclasses.replace(CELL, slo_e2e_ms=1.0), [EndedRequest(1, 0, 9, 1)], 0, 10.0)
     assert (none.failed, none.ttft_ms, none.e2e_ms, none.good) == (1, None, None, 0)
 
