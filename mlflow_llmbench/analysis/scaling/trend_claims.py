@@ -9,14 +9,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from ...records.cell import Cell
 from ...records.metrics import E2E, MBU, TTFT, peak_memory
 from ...records.quantizations import FLOAT_DTYPES
 from ..comparison import RATE, UNNAMED
 from ..summary import hardware_name
-from .cells import Measured, grouped
+from .cells import MEDIAN_TTFT, Measured, grouped
 from .claims import UNSAID, Claim, by_majority, judge_range, pooled, rests_text
 from .effects import effect_ratio
 from .fitting import Parameter
@@ -68,6 +68,7 @@ def trend_claims(study: ScalingStudy, cells: Sequence[Measured]) -> list[Claim]:
         _decode_share(cells),
         _prompt_against_output(study),
         _bandwidth(cells),
+        _ranks_by_length(cells),
         Claim(
             "continuous_batching", "Continuous batching brings 10 to 20 times the throughput (Databricks)", "10 to 20",
             "–", UNSAID,
@@ -229,3 +230,42 @@ def _bandwidth(cells: Sequence[Measured]) -> Claim:
         "half of the measured bandwidth or more: 0.5 to 1", found, (0.5, 1.0),
         "unquantized cells at batch size 1 whose weights are larger than the caches",
     )  # fmt: skip
+
+
+def _ranks_by_length(cells: Sequence[Measured]) -> Claim:
+    """Judge how many times as soon the first token comes with most ranks, at the longest prompt ÷ at the shortest."""
+    found = []
+    for _, group in grouped(cells, ("tensor_parallel", "prompt_tokens")):
+        gains = sorted(_gains_of_ranks(group))
+        if len(gains) > 1:
+            found.append((group[0].cell.model, _ratio_of(gains[-1][1], gains[0][1])))
+    return _pool(
+        "ranks_by_length", "Tensor parallelism brings the first token sooner as prompts lengthen (Databricks)",
+        "gain at the longest prompt ÷ that at the shortest above 1", found, (1.0, math.inf),
+        "cells with one and with several ranks (tensor_parallel=1,2) at two prompt lengths",
+    )  # fmt: skip
+
+
+def _gains_of_ranks(group: Sequence[Measured]) -> Iterator[tuple[int, Ratio]]:
+    """Yield each prompt length that one rank and several have measured, with T(1) ÷ T(p) of the time to first token.
+
+    p is the largest number of ranks that every such length has.
+    """
+    lengths: dict[int, dict[int, Measured]] = {}
+    for measured in group:
+        if measured.cell.prompt_tokens is not None:
+            lengths.setdefault(measured.cell.prompt_tokens, {})[measured.cell.tensor_parallel] = measured
+    both = {length: ranks for length, ranks in lengths.items() if 1 in ranks and len(ranks) > 1}
+    common = set.intersection(*map(set, both.values())) if both else set()
+    for length, ranks in both.items() if max(common, default=1) > 1 else ():
+        yield length, effect_ratio("", ranks[1], ranks[max(common)], MEDIAN_TTFT)
+
+
+def _ratio_of(a: Ratio, b: Ratio) -> Ratio:
+    """Return a ÷ b of independent ratios: the half-widths of their logarithms are added in squares."""
+    value = a.value / b.value
+    if a.low is None or a.high is None or b.low is None or b.high is None:
+        return Ratio("", value, None, None)
+    below = math.hypot(math.log(a.value / a.low), math.log(b.high / b.value))
+    above = math.hypot(math.log(a.high / a.value), math.log(b.value / b.low))
+    return Ratio("", value, value * math.exp(-below), value * math.exp(above))

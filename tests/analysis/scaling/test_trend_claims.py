@@ -139,3 +139,36 @@ def test_consumer_hardware_is_cheaper_if_its_tokens_are(price: float, verdict: s
     assert judged([*centre, *dear])["consumer_cost"].why == (
         "It needs configurations that both kinds of hardware have measured, each with its price."
     )
+
+
+def in_ranks(gain: Callable[[int, int], float], lengths: tuple[int, ...] = LENGTHS) -> list[RunResult]:
+    """Cells whose first token comes `gain(ranks, prompt)` times as soon with several ranks."""
+    found = []
+    for ranks in (1, 2, 4):
+        for prompt in lengths:
+            cell = Cell(model="pythia-70m", quant="bf16", prompt_tokens=prompt, output_tokens=9, tensor_parallel=ranks)
+            found.append(result(cell, prompt / gain(ranks, prompt), 5.0, seed=ranks * prompt, sigma=0.001))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("gain", "verdict", "measured"),
+    [
+        (lambda ranks, prompt: 1 if ranks == 1 else ranks * (0.5 + prompt / 1024), CONFIRMED, 1.0 / 0.5625),
+        (lambda ranks, prompt: 1 if ranks == 1 else 0.7, UNSAID, 1.0),
+        (lambda ranks, prompt: 1 if ranks == 1 else 1.0 - prompt / 1024, NOT_CONFIRMED, 0.5 / 0.9375),
+    ],
+)
+def test_the_gain_of_ranks_at_the_longest_and_the_shortest_prompt(
+    gain: Callable[[int, int], float], verdict: str, measured: float
+) -> None:
+    found = judged(in_ranks(gain))["ranks_by_length"]
+    assert found.verdict == verdict and float(found.measured.split()[0]) == pytest.approx(measured, rel=0.01)
+
+
+def test_one_length_or_one_rank_says_nothing_of_ranks() -> None:
+    assert judged(in_ranks(lambda ranks, _: ranks, (64,)))["ranks_by_length"].verdict == UNSAID
+    alone = [one for one in in_ranks(lambda ranks, _: ranks) if one.cell.tensor_parallel == 1]
+    assert judged(alone)["ranks_by_length"].why == (
+        "It needs cells with one and with several ranks (tensor_parallel=1,2) at two prompt lengths."
+    )
