@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .workflows.reproduce import reproduce
     from .workflows.run import online, run
     from .workflows.scaling import scaling
+    from .workflows.tune import tune
     from .workflows.versions import export, promote, register
 
 __version__ = "0.1.0"
@@ -53,6 +54,7 @@ __all__ = [
     "run",
     "scaling",
     "summarize",
+    "tune",
 ]
 
 _MODULES = {
@@ -65,7 +67,7 @@ _MODULES = {
     "register": "workflows.versions",
     **{
         name: f"workflows.{name}"
-        for name in ("calibrate", "compare", "gate", "recommend", "reproduce", "run", "scaling")
+        for name in ("calibrate", "compare", "gate", "recommend", "reproduce", "run", "scaling", "tune")
     },
 }
 """Public function → its module, which is imported when the name is used first."""

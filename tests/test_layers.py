@@ -36,6 +36,7 @@ HOMES = {
     "jinja2": ("reports/html",),
     "mlflow": ("tracking", "sweeps/upload", "workflows/mlflow_deployments"),
     "ray": ("sweeps/ray_executor",),
+    "sklearn": ("analysis/decisions/tuning",),
 }
 """Heavy library → folders and modules that may import it. The worker is the process that sets up torch."""
 

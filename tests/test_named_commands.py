@@ -45,8 +45,8 @@ FILES = {
     "vllm-results.json": "vllm_serve_detailed",
     "FILE": "llama_bench",
 }
-MEASURE = ("run", "online", "ab", "study", "calibrate", "qat", "quickstart", "reproduce")
-ANSWERS = {"recommend": (0, 1), "gate": (0, 1), "reproduce": (0, 1, 4)}
+MEASURE = ("run", "online", "tune", "ab", "study", "calibrate", "qat", "quickstart", "reproduce")
+ANSWERS = {"recommend": (0, 1), "tune": (0, 1), "gate": (0, 1), "reproduce": (0, 1, 4)}
 """Command → exit codes that are answers; 0 of all others."""
 
 ALL = collected()
@@ -199,7 +199,7 @@ def test_the_parameters_of_a_command_that_measures_are_accepted(one: Named, tmp_
         parse_training(given)
     else:
         given = {name: value for name, value in given.items() if name in PARAMETERS}
-        spec.parse({"backend": "openai", **given} if words[0] == "online" else given, recorded=True)
+        spec.parse(spec.with_backend(given) if words[0] in ("online", "tune") else given, recorded=True)
 
 
 QUICK = "--backend fake --prompt-tokens 4 --output-tokens 4 --repetitions 2 --warmup 1".split()
@@ -250,7 +250,7 @@ def _option(option: Option, value: object) -> Iterator[str]:
         yield from ([option.name] if one is True else [option.name, str(one)])
 
 
-SLOW = [one for one in MEASURED if one.words[1] not in ("online", "qat") and "--config" not in one.words]
+SLOW = [one for one in MEASURED if one.words[1] not in ("online", "qat") and not {"--config", "--launch"} & {*one.words}]
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(enco
 MLPROJECT: dict[str, Any] = yaml.safe_load((ROOT / "MLproject").read_text(encoding="utf-8"))
 CONDA: dict[str, Any] = yaml.safe_load((ROOT / "conda.yaml").read_text(encoding="utf-8"))
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
-DISTRIBUTIONS = {"yaml": "PyYAML", "pynvml": "nvidia-ml-py", "IPython": "ipykernel"}
+DISTRIBUTIONS = {"yaml": "PyYAML", "pynvml": "nvidia-ml-py", "IPython": "ipykernel", "sklearn": "scikit-learn"}
 """Import names that differ from the name of the distribution, or of the one that brings it."""
 
 
@@ -130,7 +130,7 @@ def test_the_project_has_the_declared_parameters_with_their_defaults(entry: str)
 
 def test_every_parameter_is_one_of_an_entry_point() -> None:
     assert set(spec.COMMANDS["run"]) | set(spec.COMMANDS["online"]) == set(spec.PARAMETERS)
-    assert set(MLPROJECT["entry_points"]) == {*ENTRIES, "quickstart", "study", "qat", *DECISIONS}
+    assert set(MLPROJECT["entry_points"]) == {*ENTRIES, "quickstart", "tune", "study", "qat", *DECISIONS}
 
 
 @pytest.mark.parametrize("entry", DECISIONS)
@@ -189,6 +189,18 @@ def test_a_study_takes_what_a_run_takes_and_what_is_its_own() -> None:
     assert entry["parameters"] == {name: {"type": "string", "default": text} for name, text in defaults.items()}
     options = [f"--{name.replace('_', '-')} {{{name}}}" for name in defaults]
     assert entry["command"] == " ".join(["python -m mlflow_llmbench study", *options])
+
+
+def test_a_tuning_takes_what_a_cell_takes_and_what_a_recommendation_does() -> None:
+    entry, own = MLPROJECT["entry_points"]["tune"], {"goal": "throughput", "trials": "none"}
+    own |= dict.fromkeys(("max_memory", "max_ttft", "max_tpot", "min_quality", "accept_suspect"), "none")
+    defaults = {name: spec.default_text(name) for name in spec.COMMANDS["tune"]} | own
+    assert entry["parameters"] == {name: {"type": "string", "default": text} for name, text in defaults.items()}
+    options = [f"--{name.replace('_', '-')} {{{name}}}" for name in entry["parameters"]]
+    assert entry["command"] == " ".join(["python -m mlflow_llmbench tune", *options])
+    taken = {option.argument for option in COMMANDS["tune"].options}
+    assert taken - set(defaults) == {"config", "json", "tracking_uri", "experiment"}
+    assert parse(shlex.split(entry["command"].format(**defaults))[3:]).values["trials"] == "none"
 
 
 def test_a_training_takes_the_parameters_that_it_declares() -> None:

@@ -1,4 +1,4 @@
-"""Commands that measure: quickstart, run, online, ab, study, calibrate, qat."""
+"""Commands that measure: quickstart, run, online, tune, ab, study, calibrate, qat."""
 
 from __future__ import annotations
 
@@ -7,20 +7,25 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..config.spec import parse, read_yaml, with_backend
 from ..config.training import parse_training
 from ..records.backends import SERVER_BACKEND
 from ..records.cell import Cell, split_list
 from ..records.invocation import DEPLOYMENT
 from .options import (
+    ACCEPT_SUSPECT,
     CONFIG,
     EXPERIMENT,
+    GOAL,
     JSON,
+    LIMITS,
     NOISE,
     ONLINE_OPTIONS,
     RUN_OPTIONS,
     SHARE,
     SINGLE_OPTIONS,
     TRACKING_URI,
+    TUNE_OPTIONS,
     WORDS,
     Option,
     checked_parameters,
@@ -128,6 +133,62 @@ def online(
 
         given["url"] = address_of(str(given["url"]))
     return _run(checked_parameters(given, config, backend=SERVER_BACKEND), json, tracking_uri, experiment)
+
+
+@command(
+    "tune",
+    "search configurations for the best one, with few measurements",
+    GOAL,
+    *LIMITS,
+    Option("--trials", "most configurations to measure (default: a third of the grid)", "N", optional=True),
+    ACCEPT_SUSPECT,
+    *TUNE_OPTIONS,
+    CONFIG,
+    JSON,
+    TRACKING_URI,
+    EXPERIMENT,
+    description="Lists make the grid, as for run, or with --launch or --url as for online. Each trial is a cell of one "
+    "sweep, and the winner is chosen as by recommend. The same command again goes on where it was stopped.",
+    first="model quant batch_size goal max_tpot",
+    examples=(
+        "tune --model opt-125m --quant bf16,int8,int4 --batch-size 1,2,4,8,16 --max-tpot 60ms",
+        "tune --launch 'A --port {port} ; B --port {port}' --model NAME --concurrency 1,4,16 --max-ttft p95=500ms",
+    ),
+    entry_point="tune",
+    store="later",
+)
+def tune(
+    goal: str, max_memory: str | None, max_ttft: str | None, max_tpot: str | None, min_quality: str | None,
+    trials: str | None, accept_suspect: str | None, config: str | None, json: bool, tracking_uri: str | None,
+    experiment: str | None, **given: str | None,
+) -> int:  # fmt: skip
+    """Say what will be measured, measure it, and print the winner and how far the search goes."""
+    parameters = (read_yaml(config) if config else {}) | _given(given)
+    parse(with_backend(parameters))  # before anything slow is imported
+
+    from ..analysis.decisions.limits import read_limits
+    from ..reports.tuning import format_tuning, format_tuning_plan, tuning_result_json
+    from ..workflows import tune
+
+    limits = read_limits(max_memory, max_ttft, max_tpot, min_quality)
+    own = {
+        "goal": goal, "max_memory": max_memory, "max_ttft": max_ttft, "max_tpot": max_tpot, "min_quality": min_quality,
+        "trials": trials, "accept_suspect": accept_suspect,
+    }  # fmt: skip
+    print_version_warnings()
+    with progress(plans=False) as shown:
+        done = tune.search(
+            parameters,
+            {name: text for name, text in own.items() if text is not None},
+            limits,
+            destination=(tracking_uri, experiment),
+            listener=shown,
+            on_plan=lambda told: print(f"{format_tuning_plan(told)}\n", flush=True),
+        )
+    print(format_tuning(done))
+    if json:
+        print_json(tuning_result_json(done))
+    return done.exit_code
 
 
 @command(
@@ -343,13 +404,18 @@ def qat(json: bool, tracking_uri: str | None, experiment: str | None, **given: s
     return done.exit_code
 
 
-COMMANDS = (quickstart, run, online, ab, study, calibrate, qat)
+COMMANDS = (quickstart, run, online, tune, ab, study, calibrate, qat)
 
 
 def _references(texts: Sequence[str], tracking_uri: str | None, experiment: str | None) -> list[str]:
     """Return the references in lists such as `RUN,SWEEP`; a path that exists may contain commas. `none` is none."""
     parts = [part for text in texts for part in ([text] if os.path.exists(text) else split_list(text))]
     return known([part for part in parts if part != "none"], tracking_uri, experiment)
+
+
+def _given(options: Mapping[str, str | None]) -> dict[str, str]:
+    """Return the options that the user gave."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _run(parameters: Mapping[str, object], json: bool, tracking_uri: str | None, experiment: str | None) -> int:

@@ -280,7 +280,9 @@ def permissions(trust_remote_code: bool, allow_pickle: bool) -> frozenset[str]:
 
 
 SINGLE_OPTIONS = parameter_options(PARAMETERS_OF["run"], lists=False)
-RUN_OPTIONS, ONLINE_OPTIONS = (parameter_options(PARAMETERS_OF[name]) for name in ("run", "online"))
+RUN_OPTIONS, ONLINE_OPTIONS, TUNE_OPTIONS = (
+    parameter_options(PARAMETERS_OF[name]) for name in ("run", "online", "tune")
+)
 
 CONFIG = Option(
     "--config",
@@ -317,6 +319,34 @@ ACCEPT_SUSPECT = Option(
     "REASON",
     optional=True,
 )
+GOALS = ("throughput", "latency", "cost", "energy", "ttft", "tpot", "goodput")
+"""Words of `--goal`: those of `analysis.decisions.recommend.GOALS`, which is not imported for a help page."""
+
+GOAL = Option(
+    "--goal",
+    f"what to optimize: {', '.join(GOALS)} (default: throughput)",
+    "GOAL",
+    default="throughput",
+    words=GOALS,
+)
+LIMITS = (
+    Option(
+        "--max-memory",
+        "maximum peak memory, of the device if there is one: 6GB, 512MiB",
+        "SIZE",
+        optional=True,
+    ),
+    Option("--max-ttft", "maximum time to first token: 200ms (median), or p95=0.2s", "TIME", optional=True),
+    Option("--max-tpot", "maximum time per output token: 50ms (mean), or p95=60ms", "TIME", optional=True),
+    Option(
+        "--min-quality",
+        "quality limits: kl=0.05 (maximum), perplexity=12 (maximum), top1=0.95 (minimum)",
+        "LIST",
+        optional=True,
+    ),
+)
+"""Limits that a recommended configuration keeps, see `analysis.decisions.limits`."""
+
 PERMISSIONS = (
     Option("--trust-remote-code", "run code that comes with the model, if the run did", flag=True, panel="limits"),
     Option("--allow-pickle", "read weights stored as a pickle, if the run did", flag=True, panel="limits"),

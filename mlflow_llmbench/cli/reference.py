@@ -54,7 +54,7 @@ PATHS = ("interpreter", "pem", "plan_file", "text", "text_file", "trace", "workl
 """Kinds of parameters that may be paths."""
 
 TYPES_HEAD = '''\
-"""Types of the keyword arguments of `run` and `online`, generated from the declarations by `make reference`."""
+"""Types of the keyword arguments of `run`, `online` and `tune`, generated from the declarations by `make reference`."""
 
 from __future__ import annotations
 
@@ -82,7 +82,8 @@ The names are the same everywhere: `-P batch_size=4` under `mlflow run`, `--batc
 `run(batch_size=4)` in Python, `batch_size: 4` in a YAML file for `--config`, and `batch_size` among the params of the
 MLflow run. † takes a list with commas, which makes a sweep: one run for each combination; `\\,` is a comma within a
 value, such as a path. `launch` is a list with ` ; ` between its values. *for* names the commands that take it: `run` is
-also the entry point `main` of `mlflow run`, `online` the entry point `online`. [How to measure](../measure.md) explains
+also the entry point `main` of `mlflow run`, `online` the entry point `online`; `tune` takes almost all of both.
+[How to measure](../measure.md) explains
 those that people use first. This page is generated from the declarations in `mlflow_llmbench/records/cell.py` and
 `mlflow_llmbench/config/training.py`.
 
@@ -151,9 +152,10 @@ def parameter_types() -> str:
         "SharedParameters(TypedDict, total=False)": ("`run` and `online`", [name for name in run if name in online]),
         "RunParameters(SharedParameters, total=False)": ("`run`", [name for name in run if name not in online]),
         "OnlineParameters(SharedParameters, total=False)": ("`online`", [name for name in online if name not in run]),
+        "TuneParameters(RunParameters, OnlineParameters, total=False)": ("`tune`", []),
     }
     bodies = [
-        f'class {head}:\n    """Parameters of {who}."""\n\n' + "\n".join(map(_typed, names))
+        f'class {head}:\n    """Parameters of {who}."""\n' + "".join(f"\n{_typed(name)}" for name in names)
         for head, (who, names) in classes.items()
     ]
     return "\n\n".join([TYPES_HEAD, *bodies])
@@ -188,7 +190,7 @@ def _parameter_table(names: Iterable[str]) -> str:
 
 
 def _commands_with(name: str) -> str:
-    return ", ".join(f"`{command}`" for command, names in PARAMETERS_OF.items() if name in names)
+    return ", ".join(f"`{command}`" for command, names in PARAMETERS_OF.items() if name in names and command != "tune")
 
 
 def _parameter_row(name: str, declared: Field[Any]) -> tuple[str, str, str, str]:
@@ -229,11 +231,14 @@ def _command_section(command: Command) -> str:
 
 
 def _shared(names: Sequence[str]) -> str:
-    """Return the parameters that a command takes: those of `run` or `online` and what it leaves out, or all names."""
+    """Return the parameters that a command takes: those of `run`, `online` or both but a few, or all names."""
     for command in ("run", "online"):
         without = [name for name in PARAMETERS_OF[command] if name not in names]
         if len(without) <= FEW and set(names) <= {*PARAMETERS_OF[command]}:
             return f"all for `{command}`" + (f" but {_option_names(without)}" if without else "")
+    without = [name for name in dict.fromkeys(PARAMETERS_OF["run"] + PARAMETERS_OF["online"]) if name not in names]
+    if len(without) <= FEW + 1:
+        return f"all for `run` and `online` but {_option_names(without)}"
     return _option_names(names)
 
 

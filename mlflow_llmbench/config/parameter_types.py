@@ -1,4 +1,4 @@
-"""Types of the keyword arguments of `run` and `online`, generated from the declarations by `make reference`."""
+"""Types of the keyword arguments of `run`, `online` and `tune`, generated from the declarations by `make reference`."""
 
 from __future__ import annotations
 
@@ -294,3 +294,7 @@ class OnlineParameters(SharedParameters, total=False):
 
     attainment: float
     """find=goodput: share of requests that must meet every SLO"""
+
+
+class TuneParameters(RunParameters, OnlineParameters, total=False):
+    """Parameters of `tune`."""

@@ -13,7 +13,7 @@ from dataclasses import Field, dataclass, field
 from typing import Any
 
 from ..records import reading
-from ..records.backends import backend_of, capabilities_of
+from ..records.backends import DEFAULT_BACKEND, SERVER_BACKEND, backend_of, capabilities_of
 from ..records.cell import (
     BACKEND_SPECIFIC,
     LENGTHS,
@@ -70,6 +70,7 @@ COMMANDS = {
             if name not in (*IN_PROCESS_ONLY, *SERVERS) and "online" in f.metadata["scenarios"]
         ),
     ),
+    "tune": tuple(name for name in PARAMETERS if name not in ("on", "twin", "find", "attainment")),
     "qat": (
         "model", "revision", "group_size", "device", "threads", "seed", "trust_remote_code", "allow_pickle",
         "output_dir", "force", "memory_limit",
@@ -189,6 +190,15 @@ def parse(values: Mapping[str, object], recorded: bool = False) -> BenchSpec:
     check_ranks(axes, options)
     check_placement(axes, options)
     return BenchSpec(axes, Options(**options))  # type: ignore[arg-type]
+
+
+def with_backend(values: Mapping[str, object]) -> dict[str, object]:
+    """Return parameters with the backend for servers, if they name a server and no other backend."""
+    given = dict(values)
+    is_server = any(str(given.get(name) or "none").lower() != "none" for name in SERVERS)
+    if is_server and given.get("backend", DEFAULT_BACKEND) == DEFAULT_BACKEND:
+        given["backend"] = SERVER_BACKEND
+    return given
 
 
 def _from_preset(values: Mapping[str, object]) -> dict[str, str]:

@@ -99,7 +99,7 @@ TTFT = Metric(
     places=(Column(40, "p50", name="latency"), Line(40, "p50", name="latency"),
             Claim(30, "p50", name="first token soonest"), Compared(20, "mean"), Gated(20, "mean", name="ttft"),
             Tag(40, "p50"), Tag(50, "p95"), ExportComment(20, "p50", "ms to the first token (median)", unit=""),
-            Panel(20, "p50"), Bars(20, "p50", name="ttft")))
+            Panel(20, "p50"), Bars(20, "p50", name="ttft"), Goal(50, "p50", name="ttft")))
 ITL = Metric(
     "latency", "itl_ms", "gaps t(i) − t(i−1), i ≥ 2, pooled over repetitions and rows",
     "ms", LATENCY, "lower", "inter-token latency", "ITL ms", tolerance=0.05,
@@ -110,7 +110,7 @@ TPOT = Metric(
     "latency", "tpot_ms", "(tN − t1)/(N − 1) per request; absent if N < 2",
     "ms", ("mean", "p50", "p95", *OF_MEAN), "lower", "time per output token", "TPOT ms",
     places=(Compared(40, "mean"), Gated(40, "mean", name="tpot"), Tag(80, "mean"),
-            ExportComment(30, "mean", "ms per token after it (mean)", unit="")))
+            ExportComment(30, "mean", "ms per token after it (mean)", unit=""), Goal(60, "mean", name="tpot")))
 E2E = Metric(
     "latency", "e2e_ms", "tN − t0",
     "ms", ("mean", "p50", "p95", "p99", *OF_MEAN), "lower", "end-to-end latency", "end to end ms",
@@ -284,7 +284,8 @@ GAPS = (ITL, FULL_ITL, STEADY_ITL)
 GOODPUT = Metric(
     "goodput", "requests_per_s", "requests that met every slo_…_ms, per second",
     "1/s", ("",), "higher", "goodput", "goodput/s", tolerance=0.05,
-    places=(Column(30), Line(30, unit="per s"), Claim(20, name="most requests within the limits")))
+    places=(Column(30), Line(30, unit="per s"), Claim(20, name="most requests within the limits"),
+            Goal(70, name="goodput", advice="Measure a stream of requests with slo_ttft_ms or another SLO.")))
 ATTAINMENT = Metric("goodput", "attainment_ratio",
                     "requests that met every slo_…_ms ÷ requests that were sent and can be judged",
                     RATIO, better="higher")

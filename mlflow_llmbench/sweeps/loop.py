@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..analysis import goodput
 from ..config.cells import asked_params, needs_no_less, option_params
 from ..measure.events import CellBegun, CellMeasured, Event, GroupBegun, QualityWithheld, Stage
 from ..measure.journal import claim, read_events, read_result, write_json
@@ -32,6 +32,7 @@ from .planning import Plan
 from .progress import ProgressListener
 from .results import env_hashes, failed_result, incomplete_result, measured_result
 from .run_recorder import RunRecorder
+from .search import Search
 
 MOST_LOSSES = 3
 """Most times that a cell is given to another machine of a cluster after its machine was lost."""
@@ -62,19 +63,30 @@ class _Failed:
 class Sweep:
     """State of one command: its plan, and what was measured of it so far. `run` is the loop; each method is a step.
 
-    `jobs` are in the order of the plan. A goodput search replaces `plan` by one with more cells.
+    `jobs` are in the order of the plan. A search replaces `plan` by one with more cells.
     """
 
     def __init__(
-        self, plan: Plan, executor: Executor, recorder: RunRecorder, listener: ProgressListener, folder: Path
+        self,
+        plan: Plan,
+        executor: Executor,
+        recorder: RunRecorder,
+        listener: ProgressListener,
+        folder: Path,
+        search: Search | None = None,
     ) -> None:
         self.plan, self.executor, self.recorder, self.listener = plan, executor, recorder, listener
-        self.folder = folder
+        self.folder, self.search = folder, search
         self.jobs = [Job(planned, folder / planned.folder) for planned in plan.cells]
         self.job_of = {job.folder: job for job in self.jobs}
         self.findings = CrossFindings()
         self.withheld: set[str] = set()  # reasons for absent quality figures, already shown
         self.failed: list[_Failed] = []
+
+    @functools.cached_property
+    def earlier(self) -> dict[str, list[Path]]:
+        """Folders of the cells of earlier sweeps, by configuration hash."""
+        return resume.earlier_cells(self.folder)
 
     def run(self) -> str:
         """Open the runs, measure group by group, upload. Every run that was begun is ended, whatever happens.
@@ -110,7 +122,7 @@ class Sweep:
         if self.recorder.store:
             resume.close_abandoned(self.plan.spec.options.output_dir, self.recorder.store, self.listener.note)
         self.recorder.begin_parent()
-        self.listener.start(len(self.jobs))
+        self.listener.start(max(len(self.jobs), self.search.cells if self.search else 0))
 
     def _write_plan(self) -> None:
         """Write sweep.json: the request, and the order of the cells."""
@@ -130,29 +142,34 @@ class Sweep:
     # Measure
 
     def _measure(self) -> None:
-        """Measure every cell that is neither refused nor already measured, one round per requested process.
+        """Measure every cell that is neither refused nor already measured, then what a search adds to them."""
+        for job in self.jobs:
+            if job.planned.refusal:
+                self._fail(job, "refused", Failure("planning", job.planned.refusal.sentence))
+            else:
+                self._link(job)
+        self._run_rounds()
+        while self.search and (extended := self.search.extend(self.plan)):
+            self._link(self._add(extended))
+            self._run_rounds()
+
+    def _run_rounds(self) -> None:
+        """Measure every cell that has no result yet, one round per requested process.
 
         Every second round runs in reverse order (A B, B A, A B, …), so that drift over time affects all cells alike.
         Kalibera and Jones 2013 recommend processes in alternating order.
         """
-        options = self.plan.spec.options
-        again = options.rerun or options.twin  # a pair is always measured together
-        earlier = {} if again else resume.earlier_cells(self.folder)
-        for job in self.jobs:
-            if job.planned.refusal:
-                self._fail(job, "refused", Failure("planning", job.planned.refusal.sentence))
-            elif not again:
-                self._link(job, earlier.get(job.planned.hashes.config, ()))
         for number in range(max(job.cell.processes for job in self.jobs)):
             groups = [[self.job_of[self.folder / planned.folder] for planned in group] for group in self.plan.groups]
             groups = [[job for job in group if job.processes_done <= number] for group in groups]
             self._run_round(groups[:: -1 if number % 2 else 1])
 
-    def _link(self, job: Job, folders: Sequence[Path]) -> None:
-        """Take over an earlier result of this cell, or the processes that an earlier command has finished of it.
-
-        `folders` are those of earlier sweeps' cells with its configuration.
-        """
+    def _link(self, job: Job) -> None:
+        """Take over an earlier result of this cell, or the processes that an earlier command has finished of it."""
+        options = self.plan.spec.options
+        if options.rerun or options.twin:  # a pair is always measured together
+            return
+        folders = self.earlier.get(job.planned.hashes.config, ())
         found = resume.find(job, self.plan.spec, folders, self.recorder.store, self.plan.machine.env_hashes)
         if found is None:
             return
@@ -197,7 +214,8 @@ class Sweep:
             names=tuple(job.name for job in jobs),
             predicted_bytes=tuple(job.planned.predicted_bytes for job in jobs),
         )
-        self.executor.submit(task, self._next_cell if options.find else None)
+        searched = self.search is not None and all(job.cell.processes == 1 for job in jobs)
+        self.executor.submit(task, self._next_cell if searched else None)
 
     def _jobs_of(self, task: Task) -> list[Job]:
         return [self.job_of[folder] for folder in task.folders]
@@ -239,28 +257,34 @@ class Sweep:
     def _next_cell(self, task: Task, outcome: GroupOutcome) -> tuple[Cell, Path] | None:
         """Choose the next cell of a search from the outcome of its task so far, and add it to the plan.
 
-        Returns the cell and its folder, None when the search has ended.
+        Returns the cell and its folder, None when the search has ended, or goes on with another load. What was measured
+        before is only added.
         """
+        assert self.search
         jobs = self._jobs_of(task)
-        measured = [
-            dataclasses.replace(job, attempts=[(outcome, own)])
-            for own, job in enumerate(jobs)
-            if own in outcome.measured
-        ]
         environment = self.plan.machine.environment
-        results = [measured_result(job, self.plan.spec, environment) for job in measured]
-        cell = goodput.next_cell(results, self.plan.spec.options.attainment)
-        if cell is None:
-            return None
-        self.plan = self.plan.with_cell(cell, jobs[0].planned)
-        planned = self.plan.cells[-1]
+        for own in outcome.measured:
+            measured = dataclasses.replace(jobs[own], attempts=[(outcome, own)])
+            self.search.tell(jobs[own].planned, measured_result(measured, self.plan.spec, environment))
+        group = [job.planned for job in jobs]
+        while extended := self.search.extend(self.plan, group):
+            job = self._add(extended)
+            self._link(job)
+            if job.row is None:
+                job.started_ms = int(time.time() * 1000)
+                write_job(job)
+                return job.cell, job.folder
+        return None
+
+    def _add(self, extended: Plan) -> Job:
+        """Continue with a plan that has one more cell, last. Returns its job."""
+        self.plan = extended
+        planned = extended.cells[-1]
         job = Job(planned, self.folder / planned.folder)
         self.jobs.append(job)
         self.job_of[job.folder] = job
         self._write_plan()
-        job.started_ms = int(time.time() * 1000)
-        write_job(job)
-        return cell, job.folder
+        return job
 
     # Keep
 
@@ -375,6 +399,8 @@ class Sweep:
             with self.recorder.report_errors(f"the charts of {job.name}"):
                 artifacts.draw_cell(result, folder / "charts")
         job.row, job.pending = row_of(result), None  # if interrupted before this line, `_finish` repeats the cell
+        if self.search:
+            self.search.tell(job.planned, result)
         self.listener.row(job.name, job.row)
         if not hurried:
             self.recorder.upload(job, result)

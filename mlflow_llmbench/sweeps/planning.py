@@ -93,6 +93,12 @@ class Plan:
             if planned.refusal and planned.refusal.kind == "package":
                 raise MissingError(planned.refusal.sentence)
 
+    def only(self, cells: Sequence[PlannedCell]) -> Plan:
+        """Return the plan of some of its cells, in the given order; lists, names and groups stay those of all."""
+        kept = {planned.folder for planned in cells}
+        groups = (tuple(planned for planned in group if planned.folder in kept) for group in self.groups)
+        return dataclasses.replace(self, cells=tuple(cells), groups=tuple(filter(None, groups)))
+
     def with_cell(self, cell: Cell, origin: PlannedCell) -> Plan:
         """Return the plan with one more cell, last, in the load group of `origin`: a goodput search has chosen it."""
         rates = tuple(dict.fromkeys([*self.spec.axes["request_rate"], cell.request_rate]))

@@ -21,6 +21,7 @@ from .loop import Sweep
 from .planning import Plan, plan
 from .progress import NullListener, ProgressListener
 from .run_recorder import Destination, RunRecorder
+from .search import GoodputSearch, Search
 
 
 def run(
@@ -62,10 +63,12 @@ def execute(
     destination: Destination,
     listener: ProgressListener | None = None,
     asked: Mapping[str, str] | None = None,
+    search: Search | None = None,
 ) -> SweepResult:
     """Measure a plan, which was made from the facts of this executor.
 
-    `asked` are the parameters as the user wrote them. Raises LlmbenchError for an error found before anything starts.
+    `asked` are the parameters as the user wrote them. `search` adds cells to the plan; by default the one that the plan
+    asks for, if any. Raises LlmbenchError for an error found before anything starts.
     """
     planned.require_packages()
     listener, asked = listener or NullListener(), asked or {}
@@ -73,7 +76,9 @@ def execute(
     recorder.open(asked_params(planned.spec) | dict(asked))
     folder = new_sweep(planned.spec.options.output_dir)
     recorder.begin_sweep(folder, asked)
-    sweep = Sweep(planned, executor, recorder, listener, folder)
+    if search is None and planned.spec.options.find:
+        search = GoodputSearch(planned.spec.options.attainment)
+    sweep = Sweep(planned, executor, recorder, listener, folder, search)
     return _result(sweep, sweep.run())
 
 

@@ -408,7 +408,7 @@ def test_the_command_logs_the_answer_on_the_sweeps_parent(store_uri: str, capsys
             "Unknown quality: bleu. Known: kl, perplexity, top1. Give for example --min-quality kl=0.05.",
         ),
         (["--min-quality", "kl"], "--min-quality kl is not a number: . Give for example kl=0.05."),
-        (["--goal", "speed"], "Unknown goal: speed. Known: throughput, latency, cost, energy."),
+        (["--goal", "speed"], "Unknown goal: speed. Known: throughput, latency, cost, energy, ttft, tpot, goodput."),
     ],
 )
 def test_bad_options_are_one_line(
