@@ -250,7 +250,9 @@ def _option(option: Option, value: object) -> Iterator[str]:
         yield from ([option.name] if one is True else [option.name, str(one)])
 
 
-SLOW = [one for one in MEASURED if one.words[1] not in ("online", "qat") and not {"--config", "--launch"} & {*one.words}]
+SLOW = [
+    one for one in MEASURED if one.words[1] not in ("online", "qat") and not {"--config", "--launch"} & {*one.words}
+]
 
 
 @pytest.mark.slow

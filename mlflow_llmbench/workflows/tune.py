@@ -36,7 +36,9 @@ from . import recommend
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-ONE_WORKLOAD = ("workload", "prompt_tokens", "output_tokens", "history", "request_rate", "seed")
+ONE_WORKLOAD = (
+    "workload", "prompt_tokens", "output_tokens", "prefix_tokens", "prefix_count", "history", "request_rate",
+)  # fmt: skip
 """Parameters of the work itself. Configurations are compared on the same work, so each of them has one value."""
 
 SHARE = 3
