@@ -18,7 +18,7 @@ from .recommendation import format_recommendation, recommendation_json
 from .sweep_result import SweepResult, format_locations, sweep_json
 
 UNLIKELY = 0.01
-"""Chances below this are not told one by one."""
+"""A chance below this is told as such. Larger ones are an order only: the model is too sure of itself (method.md)."""
 
 MOST_NAMED = 5
 """Most configurations that a sentence names."""
@@ -159,7 +159,7 @@ def _hope(done: TuningResult) -> str:
     by_model = "By the search's model, in which similar settings behave alike,"
     if not told:
         return f"{by_model} each of them is better with a chance below {UNLIKELY:.0%}."
-    return f"{by_model} the chance to be better is: {_named([f'{name} {chance:.0%}' for name, chance in told])}."
+    return f"{by_model} these are the likeliest to be better: {_named([name for name, _ in told])}."
 
 
 def next_commands(done: TuningResult) -> list[tuple[str, str]]:
