@@ -20,7 +20,7 @@ from ..records.metrics import (
     TTFT,
 )
 from ..records.results import FIRST_RULES, Reason, RunResult
-from ..records.server_names import PREFIX_CACHES
+from ..records.server_names import PREFIX_CACHES, TEMPLATE_TOKENS
 from .online_metrics import cached_share, steady_window
 from .overload import overload_of, still_filling
 from .repetitions import SINGLE_SHARE, TOGETHER_SHARE, requests, single_share, together_share
@@ -145,14 +145,21 @@ def caches(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
     if result.cell.history == "sent":  # a later turn finds the earlier ones in the cache, as in real use
         first = [r for r in requests(result) if r.turn == 1]
         share, shared = cached_share(first), ideal_hits(first, result.cell) or 0.0
-    if share is not None and share > shared + CACHED_LIMIT:
+    limit = shared + CACHED_LIMIT + (_template_share(result) if IDEAL_HITS.key() in metrics else 0.0)
+    if share is not None and share > limit:
         told = f" and requests share {shared:.1%} with earlier ones" if shared else ""
         yield Reason(
             "prefix_cache_hits",
-            f"{share:.1%} of the prompt tokens came from the server's prefix cache{told} (limit "
-            f"{shared + CACHED_LIMIT:.0%}): first tokens came sooner than with new prompts. Use another seed, or "
-            "switch the cache off.",
+            f"{share:.1%} of the prompt tokens came from the server's prefix cache{told} (limit {limit:.0%}): first "
+            "tokens came sooner than with new prompts. Use another seed, or switch the cache off.",
         )
+
+
+def _template_share(result: RunResult) -> float:
+    """Largest share of the prompt tokens that the server's template can have before each prompt, and thus in common."""
+    told = result.load.facts.get(TEMPLATE_TOKENS, 0) if result.load else 0
+    lengths = [r.prompt_tokens for r in requests(result) if r.prompt_tokens]
+    return float(told) / fmean(lengths) if lengths else 0.0
 
 
 def chunks(result: RunResult, metrics: Metrics) -> Iterator[Reason]:

@@ -65,3 +65,6 @@ DRAFTS, DRAFT_TOKENS, ACCEPTED_TOKENS = (
     "vllm:spec_decode_num_accepted_tokens_total",
 )
 """Server counters of speculative decoding."""
+
+TEMPLATE_TOKENS = "server.template_tokens"
+"""Fact of a load: tokens that a server's template adds to a prompt."""

@@ -13,7 +13,7 @@ import pytest
 from mlflow_llmbench.analysis.summary import summarize
 from mlflow_llmbench.loadgen.server_metrics import read_metrics
 from mlflow_llmbench.records.codec import from_json, to_json
-from mlflow_llmbench.records.results import RequestRecord, RunResult, ServerReading
+from mlflow_llmbench.records.results import LoadInfo, RequestRecord, RunResult, ServerReading
 from mlflow_llmbench.sweeps.sweep import run
 
 from ..null_server import null_server, read_log
@@ -54,6 +54,16 @@ def test_hits_are_suspect_beyond_those_that_requests_share() -> None:
     assert codes(result(*sharing(0, 6, 6, 6, 7, cached=5))) == set()
     assert codes(result(*sharing(0, 4, 4, 4, 7, cached=5))) == {"prefix_cache_hits"}
     assert codes(result(*sharing(0, 0, 0, 0, 0, cached=0))) == set()
+
+
+def test_tokens_of_the_template_are_common_to_all_requests_that_share() -> None:
+    def templated(*some: RequestRecord, tokens: int) -> set[str]:
+        return codes(dataclasses.replace(result(*some), load=LoadInfo(None, facts={"server.template_tokens": tokens})))
+
+    assert templated(*sharing(0, 4, 4, 4, 7, cached=5), tokens=2) == set()
+    assert templated(*sharing(0, 4, 4, 4, 7, cached=5), tokens=1) == {"prefix_cache_hits"}
+    alone = [dataclasses.replace(request, cached_tokens=1) for request in TWO_USERS]
+    assert templated(*alone, tokens=2) == {"prefix_cache_hits"}
 
 
 @pytest.mark.parametrize(

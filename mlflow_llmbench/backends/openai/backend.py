@@ -27,6 +27,7 @@ from ...loadgen.server_process import ServerProcess, free_port, log_end, require
 from ...records.cell import PARAMETERS, Cell
 from ...records.errors import MeasurementError, ModelError
 from ...records.results import LoadInfo, ModelFacts, RequestRecord, ServerReading
+from ...records.server_names import TEMPLATE_TOKENS
 from ...system.gpu import process_bytes
 from ...system.memory import HostMemory, forget_references, referenced_bytes
 from ...workloads.prompts import PromptSet, lengths_of, lengths_vary, longest_of
@@ -216,6 +217,7 @@ class OpenAIBackend(NothingToFetch):
             "server.usage": "not told" if counted is None else "told",
             "server.prefix_cache": "told" if told else "not told, prompts made unique",
             "server.tokens_per_word": round(self.tokens_per_word, 4),
+            TEMPLATE_TOKENS: max(0, round(self.fixed_tokens)),
             "client.loop": type(self.client.loop).__module__.partition(".")[0],
         }
         listed = ask_server(self.client, self.address, False, self.headers).models
