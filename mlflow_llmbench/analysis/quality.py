@@ -6,14 +6,15 @@ the window, a *cluster*; the estimates are means over all tokens.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..records.metric import interval_keys
-from ..records.metrics import KL, PERPLEXITY, PERPLEXITY_RATIO, TOP1
-from ..records.results import Quality, TaskScore
+from ..records.metrics import BITS_PER_BYTE, KL, PERPLEXITY, PERPLEXITY_RATIO, TOP1
+from ..records.results import Quality, TaskScore, TextScores
 from ..stats import t_quantile_975
 from .figures import Figures, distribution, interval_figures
 
@@ -38,21 +39,25 @@ def cluster_mean(clusters: Clusters) -> Estimate | None:
     their means.
     """
     kept = [cluster for cluster in clusters if cluster]
-    count = sum(map(len, kept))
-    if not count:
+    return cluster_ratio([math.fsum(cluster) for cluster in kept], [len(cluster) for cluster in kept])
+
+
+def cluster_ratio(sums: Sequence[float], sizes: Sequence[int]) -> Estimate | None:
+    """Return Σ sums ÷ Σ sizes with its interval over clusters, as `cluster_mean` does; None if all sizes are 0."""
+    total, number = sum(sizes), len(sizes)
+    if not total:
         return None
-    mean = math.fsum(value for cluster in kept for value in cluster) / count
-    if len(kept) < 2:
+    mean = math.fsum(sums) / total
+    if number < 2:
         return Estimate(mean)
-    half = t_quantile_975(len(kept) - 1) * math.sqrt(_cluster_variance(kept, mean))
+    half = t_quantile_975(number - 1) * math.sqrt(_ratio_variance(sums, sizes, mean))
     return Estimate(mean, mean - half, mean + half)
 
 
-def _cluster_variance(clusters: Clusters, mean: float) -> float:
-    """Variance of the mean over all values, from the sums of the clusters (formula in `cluster_mean`)."""
-    count, number = sum(map(len, clusters)), len(clusters)
-    residuals = [math.fsum(cluster) - len(cluster) * mean for cluster in clusters]
-    return number / (number - 1) * math.fsum(r * r for r in residuals) / count**2
+def _ratio_variance(sums: Sequence[float], sizes: Sequence[int], mean: float) -> float:
+    """Variance of a ratio of sums over clusters (formula in `cluster_mean`)."""
+    residuals = [own - size * mean for own, size in zip(sums, sizes, strict=True)]
+    return len(sizes) / (len(sizes) - 1) * math.fsum(r * r for r in residuals) / sum(sizes) ** 2
 
 
 def cluster_proportion(clusters: Sequence[Sequence[bool]]) -> Estimate | None:
@@ -70,7 +75,7 @@ def cluster_proportion(clusters: Sequence[Sequence[bool]]) -> Estimate | None:
     share = math.fsum(value for cluster in kept for value in cluster) / count
     if number < 2:
         return Estimate(share)
-    variance = _cluster_variance(kept, share)
+    variance = _ratio_variance([math.fsum(cluster) for cluster in kept], [len(cluster) for cluster in kept], share)
     size = float(number)
     if 0 < share < 1 and variance > 0:
         size = min(
@@ -102,6 +107,59 @@ def perplexity_ratio(quality: Quality) -> Estimate | None:
         return None
     pairs = zip(scores.nll, scores.reference_nll, strict=True)
     return _exp(cluster_mean([[own - its for own, its in zip(a, b, strict=True)] for a, b in pairs]))
+
+
+def bits_per_byte(quality: Quality) -> Estimate | None:
+    """Bits per UTF-8 byte of a text: −Σ log₂ p(token) ÷ bytes of the tokens; the interval is over windows.
+
+    It measures what the model says of the text, however its tokenizer cuts it (Gao et al. 2020, The Pile,
+    arXiv:2101.00027, section 3.1). None in results of earlier versions, which did not count bytes.
+    """
+    scores = quality.scores
+    if scores is None or not scores.token_bytes:
+        return None
+    return cluster_ratio([math.fsum(window) / math.log(2) for window in scores.nll], [*map(sum, scores.token_bytes)])
+
+
+BLOCKS = 24
+"""Blocks of equal bytes that two models of different tokenizers are compared in."""
+
+
+def bits_per_byte_difference(one: Quality, other: Quality) -> Estimate | None:
+    """Bits per byte of `one` − those of `other` on the same text; below 0, `one` is better. None if not comparable.
+
+    Tokens of two tokenizers end at different bytes, so both are read at the same `BLOCKS` places of the text, in equal
+    distances. The difference of a block is paired, so that difficulty common to both cancels; Student's interval is
+    over blocks.
+    """
+    if one.scores is None or other.scores is None or one.text_digest != other.text_digest:
+        return None
+    curves = [_bits_by_byte(quality.scores) for quality in (one, other) if quality.scores]
+    if not all(curves):
+        return None
+    begin, end = max(curve[0][0] for curve in curves), min(curve[-1][0] for curve in curves)
+    places = [begin + (end - begin) * number / BLOCKS for number in range(BLOCKS + 1)]
+    own, its = ([_at(curve, place) for place in places] for curve in curves)
+    each = (end - begin) / BLOCKS
+    gaps = [((own[i + 1] - own[i]) - (its[i + 1] - its[i])) / each for i in range(BLOCKS)]
+    return cluster_mean([[gap] for gap in gaps])
+
+
+def _bits_by_byte(scores: TextScores) -> list[tuple[float, float]]:
+    """Return (bytes, bits) from the beginning of the scored text to the end of each token; empty without bytes."""
+    if not scores.token_bytes:
+        return []
+    sizes, nll = itertools.chain(*scores.token_bytes), itertools.chain(*scores.nll)
+    bits = itertools.accumulate((value / math.log(2) for value in nll), initial=0.0)
+    return [*zip(itertools.accumulate(sizes, initial=0), bits, strict=True)]
+
+
+def _at(curve: Sequence[tuple[float, float]], place: float) -> float:
+    """Return the bits at a place in the text; within a token they are spread evenly over its bytes."""
+    for (left, below), (right, above) in itertools.pairwise(curve):
+        if place <= right:
+            return below + (above - below) * (place - left) / (right - left) if right > left else above
+    return curve[-1][1]
 
 
 def _exp(found: Estimate | None) -> Estimate | None:
@@ -165,7 +223,13 @@ def task_key(score: TaskScore) -> str:
     )
 
 
-ESTIMATES = {KL: kl_divergence, TOP1: top1_agreement, PERPLEXITY: perplexity, PERPLEXITY_RATIO: perplexity_ratio}
+ESTIMATES = {
+    KL: kl_divergence,
+    TOP1: top1_agreement,
+    PERPLEXITY: perplexity,
+    BITS_PER_BYTE: bits_per_byte,
+    PERPLEXITY_RATIO: perplexity_ratio,
+}
 """Metric → its estimate."""
 
 
@@ -206,7 +270,8 @@ def sentences(quality: Quality) -> list[str]:
         found.append(
             f"Perplexity is over {scored:,} of the {s.tokens:,} tokens of the text {s.text}, in {len(s.nll)} windows "
             f"of at most {s.window} tokens with a stride of {s.stride}; the interval is over windows. It depends on "
-            "the text and the tokenizer: compare it within one model."
+            "the text and the tokenizer: compare it within one model. Bits per byte, over the same windows, compare "
+            "models with different tokenizers."
         )
     if quality.tasks:
         counts = {

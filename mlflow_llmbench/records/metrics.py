@@ -228,6 +228,12 @@ PERPLEXITY = Metric(
     "exp of the mean negative log-likelihood per token of a text, sliding window; interval over windows",
     "", INTERVAL, "lower", "perplexity", "perplexity",
     places=(Column(150), Line(160), Gated(100, name="perplexity"), QualityBound(20, name="perplexity"), Tag(160)))
+BITS_PER_BYTE = Metric(
+    "quality", "bits_per_byte",
+    "−Σ log₂ p(token) ÷ UTF-8 bytes of the same text as the perplexity: comparable between tokenizers; interval over "
+    "windows",
+    "", INTERVAL, "lower", "bits per byte", "bits/byte",
+    places=(Column(155), Line(165), QualityBound(25, name="bits_per_byte")))
 PERPLEXITY_RATIO = Metric(
     "quality", "perplexity_ratio", "perplexity ÷ that of the unquantized model, paired by token",
     "", INTERVAL, "lower", "perplexity ÷ that of the unquantized model", places=(Line(170),))

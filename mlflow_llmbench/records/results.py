@@ -316,7 +316,9 @@ class MemoryStages:
 class TextScores:
     """Scores of a text: negative log-likelihoods in nats, one list per window, one value per scored token.
 
-    `reference_nll`: the same tokens scored by the unquantized model, if it could be run.
+    `reference_nll`: the same tokens scored by the unquantized model, if it could be run · `token_bytes`: UTF-8 bytes of
+    the text that each scored token stands for. None if the tokenizer does not give the text back, and in results of
+    earlier versions.
     """
 
     text: str
@@ -325,6 +327,7 @@ class TextScores:
     stride: int  # tokens that each window after the first scores
     nll: tuple[tuple[float, ...], ...]
     reference_nll: tuple[tuple[float, ...], ...] = ()
+    token_bytes: tuple[tuple[int, ...], ...] | None = field(default=None, metadata=OMITTED)
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ MOST_PROMPTS, MOST_POSITIONS, LEAST_POSITIONS = 64, 32, 8
 MOST_PROMPT_TOKENS = 512
 PASSAGE_TOKENS = 32  # of a prompt cut from the text, if the workload has no prompts
 MOST_OTHER_WORDS = 0.01
+BEFORE = 8  # ids before those whose bytes are counted
 ROWS = 8  # positions whose distributions are held in double precision at once
 
 Progress = Callable[[int, int], None]
@@ -118,7 +119,28 @@ def score_text(
         raise MeasurementError(
             "The reference scored other windows of the text. Delete its file, so that it is computed again."
         )
-    return TextScores(text.name, len(ids), size, stride, tuple(nll), reference_nll)
+    own_bytes = token_bytes(backend, text.content, ids, [(first, end) for _, first, end in plan])
+    return TextScores(text.name, len(ids), size, stride, tuple(nll), reference_nll, own_bytes)
+
+
+def token_bytes(
+    backend: Backend, text: str, ids: Sequence[int], spans: Sequence[tuple[int, int]]
+) -> tuple[tuple[int, ...], ...] | None:
+    """Return the UTF-8 bytes of the text that each id stands for, for the ids of each span (first, end).
+
+    They are by how much the decoded text grows with the id, given the `BEFORE` ids before its span: so they add up,
+    whatever a tokenizer does with spaces. Of a character in several tokens the parts are not exact, their sum is. None
+    if decoding does not give the text back, spaces aside.
+    """
+    decoded = "".join(backend.decode(ids[: spans[-1][1]]).rstrip("\ufffd").split())
+    if not "".join(text.split()).startswith(decoded):
+        return None
+    found = []
+    for first, end in spans:
+        start = max(0, first - BEFORE)
+        lengths = [len(backend.decode(ids[start:place]).encode()) for place in range(first, end + 1)]
+        found.append(tuple(after - before for before, after in itertools.pairwise(lengths)))
+    return tuple(found)
 
 
 def split_prefix(backend: Backend, text: str) -> tuple[list[int], list[int]]:
