@@ -8,6 +8,7 @@ from typing import Any
 from ..analysis.decisions.candidates import Candidate, Measure, figure, interval
 from ..analysis.decisions.recommend import GOALS, Recommendation
 from ..records.metrics import SCHEMA
+from .equal_memory import EQUAL_MEMORY_LEAD, equal_memory_json, equal_memory_sentences, equal_memory_table
 from .escaping import markdown, plain
 from .tables import MISSING, markdown_table, text_table
 
@@ -23,6 +24,7 @@ def format_recommendation(found: Recommendation) -> str:
     blocks = [
         [answer(found), *found.cautions],
         text_table(heading, body).splitlines() if body else [],
+        _block("At equal memory:", [f"  {line}" for line in equal_memory_sentences(found.equal_memory)]),
         _block("Runners-up:", [f"  {_ranked(r.candidate.name, r.tied)}: {r.why}" for r in found.runners_up]),
         _block("Refused:", refused[:MOST_REFUSED] + more),
         _block("What would change the answer:", [f"  {line}" for line in found.changes]),
@@ -35,6 +37,8 @@ def recommendation_markdown(found: Recommendation) -> str:
     heading, body = recommendation_cells(found)
     parts = ["# Recommendation", markdown(" ".join([answer(found), *found.cautions]))]
     parts += [markdown_table(heading, body)] if body else []
+    pairs = equal_memory_table(found.equal_memory)
+    parts += [f"## At equal memory\n\n{EQUAL_MEMORY_LEAD}", markdown_table(pairs.heading, pairs.body)] if pairs else []
     lists = {
         "Runners-up": [
             f"**{markdown(_ranked(r.candidate.name, r.tied))}**: {markdown(r.why)}" for r in found.runners_up
@@ -68,6 +72,7 @@ def recommendation_json(found: Recommendation) -> dict[str, Any]:
         ],
         "refused": [{"name": r.candidate.name, **_identity(r.candidate), "why": r.why} for r in found.refused],
         "front": [one.name for one in found.eligible if id(one) in names],
+        "equal_memory": equal_memory_json(found.equal_memory),
         "cautions": list(found.cautions),
         "what_would_change": list(found.changes),
         "accepted_suspect": found.accepted_suspect,

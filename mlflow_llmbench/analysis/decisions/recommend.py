@@ -24,6 +24,7 @@ from ..comparability import differences, same_evidence
 from ..comparison import sentence
 from .candidates import MEMORY, Candidate, Limit, Measure, bound_text, candidates, figure, interval
 from .dominance import ALLOWABLE, DEFAULT_JUDGE, Judge
+from .equal_memory import Rivals, rivals
 
 GOALS = {entry.name: Measure.of(entry) for entry in shown_in(Goal)}
 """Name of a goal → its measure."""
@@ -71,7 +72,8 @@ class RunnerUp:
 class Recommendation:
     """The recommendation. `winner` is None if no candidate keeps the limits.
 
-    `front` and `eligible` include configurations beyond the limits.
+    `equal_memory`: different models at about equal memory, with their quality compared. `front` and `eligible` include
+    configurations beyond the limits.
     """
 
     goal: str
@@ -85,6 +87,7 @@ class Recommendation:
     cautions: tuple[str, ...] = ()
     changes: tuple[str, ...] = ()
     accepted_suspect: str | None = None
+    equal_memory: tuple[Rivals, ...] = ()
 
     @cached_property
     def front(self) -> tuple[Candidate, ...]:
@@ -119,7 +122,9 @@ def recommend(
     if not results:
         raise UsageError("There is no result to choose from. Give the folder or the run of a sweep.")
     judged = Judge(noise, tuple(calibrations))
-    return choose(candidates(results), goal, limits, accept_suspect=accept_suspect, allow=allow, judge=judged)
+    given = candidates(results)
+    found = choose(given, goal, limits, accept_suspect=accept_suspect, allow=allow, judge=judged)
+    return dataclasses.replace(found, equal_memory=rivals(given))
 
 
 def choose(
