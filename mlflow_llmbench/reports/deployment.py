@@ -31,6 +31,8 @@ def deployment_lead(found: Findings) -> str:
     )
     if reason := next((one.found.accepted_suspect for one in found.deployments if one.found.accepted_suspect), None):
         lead += f" Suspect results take part and are marked, because: {reason}."
+    if any(one.cell.prune for one in found.results):
+        lead += " Pruned models are not in it, since their size does not tell how good they are: see At equal memory."
     if elsewhere := models_elsewhere(found.results, found.focus):
         lead += f" Models that were measured only at other lengths or elsewhere are not in it: {', '.join(elsewhere)}."
     return lead if found.deployments else f"No configuration can be recommended for {shape}: {NONE_VALID}"
@@ -57,6 +59,27 @@ def deployments_table(rows: Sequence[DeploymentAnswer]) -> Table:
         body.append([f"{one.constraint}{value}", marked(winner), *speed_figures(winner), second, _quality(winner)])
     shown = len(DEPLOYMENT_HEADING) - all(line[-1] == "–" for line in body)
     return Table(DEPLOYMENT_HEADING[:shown], tuple(tuple(line[:shown]) for line in body), frozenset(range(2, 6)))
+
+
+def lengths_table(found: Findings) -> Table | None:
+    """Return the table of the choices at the other prompt lengths, a column for each; None if there is no other."""
+    if not found.lengths or not found.deployments:
+        return None
+    heading = ("constraint", *(f"{one.prompt:g} tokens" for one in found.lengths))
+    columns = [one.winners for one in found.lengths]
+    body = [
+        (answer.constraint, *(_with_rate(column[number]) for column in columns))
+        for number, answer in enumerate(found.deployments)
+    ]
+    return Table(heading, tuple(body))
+
+
+def _with_rate(one: Candidate | None) -> str:
+    """Return the name of a candidate with its throughput; a dash for none."""
+    if one is None:
+        return "–"
+    rate = one.metrics.get(OUTPUT_RATE.mlflow_keys()[0])
+    return marked(one) + ("" if rate is None else f": {number_text(rate)} tokens/s")
 
 
 def marked(one: Candidate) -> str:

@@ -20,7 +20,7 @@ from ..analysis.summary import Turn, gpu_of, statistics, summarize, turns_of
 from ..analysis.verdict import judge, unsupported_percentiles
 from ..config.cells import cell_name
 from ..config.spec import cell_fields
-from ..records.cell import PARAMETERS, Cell, as_text, default_text, list_text
+from ..records.cell import PARAMETERS, Cell, as_text, default_text, differing, list_text
 from ..records.environment import GPU_SOFTWARE, QUOTA, quota_text
 from ..records.invocation import option_name
 from ..records.metric import RATIO, Column, Entry, Line, first_known, interval_keys
@@ -167,15 +167,23 @@ def row_text(row: Row) -> str:
 def explanations(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """Return (title, sentence) for each kind of failure and each verdict reason.
 
-    The title has the number of cells if there are several. The sentence is that of the cell with the highest variation.
+    The title has the number of cells if there are several. The sentence is that of the cell with the highest variation,
+    which it names if those of the others have other numbers.
     """
-    found: dict[str, list[str]] = {}
+    found: dict[str, list[tuple[str, Cell]]] = {}
     for row in sorted(rows, key=lambda row: -row.metrics.get(VARIATION.key(), 0.0)):
         if row.message:
-            found.setdefault(row.outcome, []).append(row.message)
+            found.setdefault(row.outcome, []).append((row.message, row.cell))
         for reason in row.verdict.reasons if row.verdict else ():
-            found.setdefault(reason.code, []).append(reason.sentence)
-    return [(f"{code} ({len(texts)} cells)" if len(texts) > 1 else code, texts[0]) for code, texts in found.items()]
+            found.setdefault(reason.code, []).append((reason.sentence, row.cell))
+    varied = differing([row.cell for row in rows])
+    return [_explanation(code, own, varied) for code, own in found.items()]
+
+
+def _explanation(code: str, found: Sequence[tuple[str, Cell]], varied: Sequence[str]) -> tuple[str, str]:
+    text, cell = found[0]
+    title = f"{code} ({len(found)} cells)" if len(found) > 1 else code
+    return title, f"{cell_name(cell, varied)}: {text}" if len({own for own, _ in found}) > 1 else text
 
 
 INCOMPLETE = (

@@ -24,9 +24,11 @@ from .deployment import (
     deployment_notes,
     deployments_table,
     left_out,
+    lengths_table,
     marked,
     speed_figures,
 )
+from .equal_memory import EQUAL_MEMORY_LEAD, equal_memory_json, equal_memory_sentences, equal_memory_table
 from .escaping import markdown
 from .html import page
 from .recommendation import answer
@@ -38,6 +40,7 @@ from .tables import Table, markdown_table
 MOST_LINES, MOST_GROUPS = 10, 6
 """Most sentences under one heading, and most groups of cells of one law, in the report; scaling.md has all."""
 
+LENGTHS_LEAD = "The same constraints, answered for the other prompts. A dash: nothing measured there keeps it."
 CLAIM_HEADING = ("the paper says", "its range", "measured here")
 CHOICE_HEADING = ("model", "constraint", "deploy", "tokens/s", "TTFT ms", "ms per token", "peak memory", "note")
 
@@ -97,12 +100,19 @@ def sections(found: Findings, drawn: Drawn) -> list[Section]:
             deployments_table(found.deployments) if found.deployments else None,
             groups=deployment_notes(found),
         ),
+        Section("At other prompt lengths", LENGTHS_LEAD if found.lengths else "", lengths_table(found)),
+        Section(
+            "At equal memory",
+            EQUAL_MEMORY_LEAD if found.equal_memory else "",
+            equal_memory_table(found.equal_memory),
+            groups=(("Answers", equal_memory_sentences(found.equal_memory)),),
+        ),
         Section("Findings", groups=tuple(found.sentences.items())),
         Section(
             "The paper's claims",
             _claims_lead(found.claims),
             claims_table(judged),
-            verdicts=tuple((claim.verdict, claim.why) for claim in judged),
+            verdicts=tuple((claim.verdict, _reason(claim)) for claim in judged),
             groups=(("Nothing was measured for", _unmeasured(found.claims)),),
         ),
         Section(
@@ -216,7 +226,19 @@ def _unmeasured(claims: Sequence[Claim]) -> tuple[str, ...]:
 
 def claims_table(claims: Sequence[Claim]) -> Table:
     """Return the table of the paper's claims and measured values."""
-    return Table(CLAIM_HEADING, tuple((claim.said, claim.range, claim.measured) for claim in claims))
+    return Table(
+        CLAIM_HEADING,
+        tuple(
+            (claim.said, claim.range, f"{claim.measured} (suspect)" if claim.suspect else claim.measured)
+            for claim in claims
+        ),
+    )
+
+
+def _reason(claim: Claim) -> str:
+    """Return the reason for a verdict, with the share of the results it rests on that are suspect."""
+    doubt = f" {claim.suspect} of the {claim.cells} cells that it rests on are suspect." if claim.suspect else ""
+    return f"{claim.why}{doubt}"
 
 
 def _cells(found: Findings) -> Table:
@@ -338,11 +360,17 @@ def format_study(found: Findings) -> str:
         deploy = [f"- {line[0]}: {line[1]} ({line[2]} tokens/s, {line[5]})" for line in lines]
         deploy += [f"- Left out: {line}" for line in left_out(found.deployments)]
         blocks.append("\n".join(["What to deploy:", *deploy]))
+        if pairs := equal_memory_sentences(found.equal_memory):
+            blocks.append("\n".join(["At equal memory:", *(f"- {line}" for line in pairs)]))
     else:
         blocks.append(f"What to deploy:\n- No configuration can be recommended: {NONE_VALID}")
     blocks += ["\n".join([f"{title}:", *(f"- {line}" for line in lines)]) for title, lines in found.sentences.items()]
     judged = [c for c in found.claims if c.measured != "–"]
-    claims = [f"- {c.said} ({c.range}): {c.verdict}. {c.measured}." for c in judged]
+    claims = [
+        f"- {c.said} ({c.range}): {c.verdict}. {c.measured}."
+        + (f" Suspect: {c.suspect} of {c.cells} cells." if c.suspect else "")
+        for c in judged
+    ]
     claims += [f"- {UNSAID.capitalize()}: {line}" for line in _unmeasured(found.claims)]
     blocks.append("\n".join(["The paper's claims:", *claims]))
     if found.choices:
@@ -401,6 +429,11 @@ def study_json(found: Findings, missing: Sequence[tuple[str, str]]) -> dict[str,
             }
             for one in found.deployments
         ],
+        "deployments_by_length": [
+            {"prompt_tokens": one.prompt, "winners": [winner and _chosen(winner) for winner in one.winners]}
+            for one in found.lengths
+        ],
+        "equal_memory": equal_memory_json(found.equal_memory),
         "across_machines": to_json(found.across),
         "not_said": [{"what": what, "why": why} for what, why in found.not_said],
         "not_drawn": [{"figure": name, "why": why} for name, why in missing],

@@ -25,7 +25,7 @@ from mlflow_llmbench.records.cell import PARAMETERS, Cell
 from mlflow_llmbench.records.metrics import ITL
 from mlflow_llmbench.records.results import Failure, MemorySample, Reason, Repetition, RequestRecord, RunResult, Verdict
 from mlflow_llmbench.reports import artifacts, html, sweep
-from mlflow_llmbench.reports.result import Row, row_of
+from mlflow_llmbench.reports.result import Row, explanations, row_of
 from mlflow_llmbench.reports.sweep import Overview, Subject, description, headline, leaders
 from mlflow_llmbench.sweeps.upload import upload
 
@@ -520,3 +520,14 @@ def test_the_work_of_finding_what_fits_grows_with_the_cells() -> None:
         return calls(find)
 
     assert work(40, 50) < 8 * work(20, 25)
+
+
+def test_a_reason_of_several_cells_names_the_cell_whose_numbers_it_gives() -> None:
+    def doubtful(batch: int, text: str) -> Row:
+        return Row(Cell(batch_size=batch), "ok", verdict=Verdict("suspect", (Reason("high_variation", text),)))
+
+    differ = explanations([doubtful(1, "It varies by 9 %."), doubtful(4, "It varies by 7 %.")])
+    assert differ == [("high_variation (2 cells)", "opt-125m b1: It varies by 9 %.")]
+    alike = explanations([doubtful(1, "Give more."), doubtful(4, "Give more.")])
+    assert alike == [("high_variation (2 cells)", "Give more.")]
+    assert explanations([doubtful(1, "It varies by 9 %.")]) == [("high_variation", "It varies by 9 %.")]

@@ -58,7 +58,10 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim: the paper's statement, its range as text, the measured value, the verdict, and the reason for it."""
+    """One claim: the paper's statement, its range as text, the measured value, the verdict, and the reason for it.
+
+    `suspect`, `cells`: number of suspect results among those that a figure of speed rests on, and of all of them.
+    """
 
     key: str
     said: str
@@ -66,6 +69,8 @@ class Claim:
     measured: str
     verdict: str
     why: str
+    suspect: int = 0
+    cells: int = 0
 
 
 def pooled(effects: Sequence[tuple[str, Ratio]]) -> Estimate:

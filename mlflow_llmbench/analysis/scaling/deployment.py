@@ -52,6 +52,14 @@ class DeploymentAnswer:
     better: Better | None = None
 
 
+@dataclass(frozen=True)
+class LengthAnswers:
+    """The winner of each constraint at one prompt length, None where nothing keeps it."""
+
+    prompt: float
+    winners: tuple[Candidate | None, ...]
+
+
 def deployments(
     results: Sequence[RunResult], focus: Focus, accept_suspect: str | None, judge: Judge
 ) -> tuple[DeploymentAnswer, ...]:
@@ -62,13 +70,36 @@ def deployments(
     return tuple(_Answers(candidates(_at(results, focus)), accept_suspect, judge).rows())
 
 
-def _at(results: Sequence[RunResult], focus: Focus) -> list[RunResult]:
-    shape = focus.cells[0].cell
+def deployments_by_length(
+    results: Sequence[RunResult],
+    focus: Focus,
+    answers: Sequence[DeploymentAnswer],
+    accept_suspect: str | None,
+    judge: Judge,
+) -> tuple[LengthAnswers, ...]:
+    """Answer the constraints of `answers` at each other prompt length, shortest first."""
+    measured = {one.cell.prompt_tokens for one in results if one.hashes.env == focus.machine.env}
+    lengths = sorted(length for length in measured if length and length != focus.prompt)
+    found = []
+    for length in lengths:
+        own = _Answers(candidates(_at(results, focus, length)), accept_suspect, judge)
+        found.append(LengthAnswers(length, tuple(own.again(one) for one in answers)))
+    return tuple(one for one in found if any(one.winners))
+
+
+def _at(results: Sequence[RunResult], focus: Focus, length: float | None = None) -> list[RunResult]:
+    """Return the results at a prompt length, by default the one of the focus, whose settings they have.
+
+    Pruned models are left out: the largest model that keeps a limit is taken to be the best one, and pruning makes that
+    untrue.
+    """
+    shape, length = focus.cells[0].cell, length or focus.prompt
     return [
         one
         for one in results
         if one.hashes.env == focus.machine.env
-        and (one.cell.prompt_tokens or focus.prompt) == focus.prompt
+        and one.cell.prune is None
+        and (one.cell.prompt_tokens or focus.prompt) == length
         and (one.cell.output_tokens, one.cell.batching) == (shape.output_tokens, shape.batching)
     ]
 
@@ -106,6 +137,15 @@ class _Answers:
         for words, goal in whole:
             if any(one.value(GOALS[goal]) is not None for one in self.given) and (found := self._any(words, goal)):
                 yield found
+
+    def again(self, answer: DeploymentAnswer) -> Candidate | None:
+        """Return the winner here of a constraint that was answered elsewhere."""
+        limits = answer.found.limits
+        if limits:
+            row = self._row(answer.constraint, limits)
+        else:
+            row = self._any(answer.constraint, answer.found.goal) if self.given else None
+        return row.found.winner if row else None
 
     def _limited(
         self, option: str, measure: Measure, bounds: Sequence[float], words: str, most: int

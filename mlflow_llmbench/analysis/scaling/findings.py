@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from ...records.calibration import Calibration
 from ...records.errors import UsageError
 from ...records.results import RunResult
+from ..decisions.candidates import candidates
 from ..decisions.dominance import Judge
+from ..decisions.equal_memory import Rivals, rivals
 from ..summary import hardware_name
-from .cells import Measured, models_text, select_usable
+from .cells import Measured, models_text
 from .choices import Choice, choices_by_model
 from .claims import Claim
-from .deployment import DeploymentAnswer, deployments
+from .deployment import DeploymentAnswer, LengthAnswers, deployments, deployments_by_length
 from .finding_sentences import (
     Across,
     compare_machines,
@@ -38,7 +40,11 @@ from .study import ScalingStudy, study_scaling
 
 @dataclass(frozen=True)
 class Findings:
-    """Content of a study's report. `sentences`: heading → sentences. `not_said`: what is missing, and why."""
+    """Content of a study's report.
+
+    `sentences`: heading → sentences · `lengths`: the answers of `deployments` at other prompt lengths · `equal_memory`:
+    different models at about equal memory · `not_said`: what is missing, and why.
+    """
 
     title: str
     scaling: ScalingStudy
@@ -51,6 +57,8 @@ class Findings:
     claims: tuple[Claim, ...]
     choices: tuple[Choice, ...]
     deployments: tuple[DeploymentAnswer, ...]
+    lengths: tuple[LengthAnswers, ...]
+    equal_memory: tuple[Rivals, ...]
     across: tuple[Across, ...]
     not_said: tuple[tuple[str, str], ...]
 
@@ -73,7 +81,7 @@ def find(
     """
     results = _priced(results, prices or {})
     study = study_scaling(results, share, calibrations=calibrations)
-    cells, _ = select_usable(results, calibrations)
+    cells = study.measured
     machines = find_machines(cells)
     focus = choose_focus(cells, machines)
     effects = tuple(quant_effects(cells))
@@ -95,6 +103,7 @@ def find(
     shown = {heading: tuple(found) for heading, lines in sentences.items() if (found := list(lines))}
     title = f"Study of {models_text(cells)}"
     claims = tuple(judge_claims(study, cells))
+    answers = deployments(results, focus, accept_suspect, judge)
     return Findings(
         title,
         study,
@@ -106,7 +115,9 @@ def find(
         shown,
         claims,
         choices,
-        deployments(results, focus, accept_suspect, judge),
+        answers,
+        deployments_by_length(results, focus, answers, accept_suspect, judge),
+        rivals(candidates(results)),
         across,
         tuple(not_said),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -80,7 +81,40 @@ def judge_claims(study: ScalingStudy, cells: Sequence[Measured]) -> list[Claim]:
     effects = [effect for effect in quant_effects(cells) if effect.from_16_bits]
     claims = [*_quantization_claims(effects), _between_claim(cells), _batch_claim(study)]
     claims += [*(_exponent_claim(study, *row) for row in EXPONENTS), *_memory_claims(study), *_form_claims(study)]
-    return [*claims, *trend_claims(study, cells)]
+    return [_with_suspects(claim, study, effects, cells) for claim in [*claims, *trend_claims(study, cells)]]
+
+
+LAWS_OF = {
+    "best_batch": ("throughput_by_batch",),
+    "batching_by_size": ("throughput_by_batch",),
+    "batching_by_length": ("throughput_by_batch",),
+    "length_by_size": ("throughput_by_length",),
+    "length_over_batch": ("latency_by_length", "latency_by_batch"),
+    "prompt_cost": ("latency_by_length",),
+}
+"""Claim → the laws whose cells it rests on. A claim that is called by a law's name rests on that one."""
+
+QUANTS_OF = {"int8_speed": ("int8",), "int8_loss": ("int8",), "int4_speed": ("int4",)}
+"""Claim → the quantizations whose cells it rests on, with their references."""
+
+CELLS_OF = {"output_dominates": (), "bandwidth_bound": (), "consumer_cost": (), "gptq_between": (GPTQ, "int8", "int4")}
+"""Claim → the quantizations of the cells that it rests on; all with ()."""
+
+
+def _with_suspects(
+    claim: Claim, study: ScalingStudy, effects: Sequence[QuantEffect], cells: Sequence[Measured]
+) -> Claim:
+    """Return a claim with the numbers of cells that it rests on. One about memory rests on no time, and has none."""
+    if claim.measured == "–":
+        return claim
+    laws = LAWS_OF.get(claim.key, (claim.key.removesuffix("_exponent").removesuffix("_form"),))
+    found = [measured for law in study.laws if law.law.key in laws for measured in law.cells]
+    for effect in effects:
+        found += [effect.measured, effect.reference] if effect.quant in QUANTS_OF.get(claim.key, ()) else []
+    if (quants := CELLS_OF.get(claim.key)) is not None:
+        found += [measured for measured in cells if not quants or measured.cell.quant in quants]
+    own = {id(measured): measured for measured in found}.values()
+    return dataclasses.replace(claim, suspect=sum(measured.is_suspect for measured in own), cells=len(own))
 
 
 def _quantization_claims(effects: Sequence[QuantEffect]) -> Iterator[Claim]:

@@ -88,7 +88,10 @@ class Footprint(GroupFinding):
 
 @dataclass(frozen=True)
 class ScalingStudy:
-    """All findings, and one line for each computation that failed (`refused`) and each cell not used (`left_out`)."""
+    """All findings, and one line for each computation that failed (`refused`) and each cell not used (`left_out`).
+
+    `measured`: the cells that they are of.
+    """
 
     cells: int
     subject: str
@@ -102,6 +105,7 @@ class ScalingStudy:
     predictions: tuple[tuple[LawFit, Prediction], ...] = ()
     refused: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    measured: tuple[Measured, ...] = ()
 
 
 @dataclass
@@ -155,6 +159,7 @@ def study_scaling(
         tuple(_predictions(laws, at)),
         tuple(failures.refused),
         tuple(left_out),
+        tuple(cells),
     )
 
 

@@ -21,11 +21,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Surface:
-    """Throughput over batch size and prompt length together: the exponent β of each length, and the joint laws."""
+    """Throughput over batch size and prompt length together: the exponent β of each length, and the joint laws.
+
+    `suspect`: the lengths whose exponent rests on a suspect result.
+    """
 
     where: str
     exponents: tuple[tuple[float, Fit], ...]  # prompt tokens, the fit at that length
     joint: tuple[Fit, ...]  # the paper's (one α for all lengths), one α per length, linear latency, roofline
+    suspect: tuple[float, ...] = ()
 
 
 def fit_surfaces(cells: Sequence[Measured], fitted: Sequence[LawFit]) -> tuple[list[Surface], list[str]]:
@@ -38,11 +42,9 @@ def fit_surfaces(cells: Sequence[Measured], fitted: Sequence[LawFit]) -> tuple[l
     refused: list[str] = []
     for where, group in grouped(cells, ("batch_size", "prompt_tokens")):
         ids = {id(measured) for measured in group}
-        lengths = [
-            (f.cells[0].variable("prompt_tokens") or 0.0, f.fit)
-            for f in fitted
-            if f.law.key == "throughput_by_batch" and id(f.cells[0]) in ids
-        ]
+        own = [f for f in fitted if f.law.key == "throughput_by_batch" and id(f.cells[0]) in ids]
+        lengths = [(f.cells[0].variable("prompt_tokens") or 0.0, f.fit) for f in own]
+        suspect = [length for (length, _), f in zip(lengths, own, strict=True) if any(m.is_suspect for m in f.cells)]
         if len(lengths) < 2:
             continue
         known = {length for length, _ in lengths}
@@ -54,7 +56,8 @@ def fit_surfaces(cells: Sequence[Measured], fitted: Sequence[LawFit]) -> tuple[l
                 joint.append(fit(form, x, [m.metrics[RATE] for m in placed]))
             except NotFitted as error:
                 refused.append(f"throughput against batch size and prompt length ({where}): {error}")
-        surfaces.append(Surface(where, tuple(sorted(lengths, key=lambda pair: pair[0])), tuple(joint)))
+        betas = tuple(sorted(lengths, key=lambda pair: pair[0]))
+        surfaces.append(Surface(where, betas, tuple(joint), tuple(sorted(suspect))))
     return surfaces, refused
 
 

@@ -219,12 +219,16 @@ def _exponents_figure(surfaces: Sequence[Surface]) -> Figure:
             color=colour,
         )
         axes.plot(x, [p.value for _, p in points], "o-", color=colour, markersize=5, linewidth=1.0, label=surface.where)
+        doubtful = [(place, p.value) for place, (length, p) in zip(x, points, strict=True) if length in surface.suspect]
+        if doubtful:
+            axes.plot(*zip(*doubtful, strict=True), "o", markersize=5, zorder=5, **hollow(colour))
     axes.set_xscale("log", base=2)
     ticks = sorted({length for surface in shown for length, _ in surface.exponents})
     axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
     axes.minorticks_off()
     axes.set(xlabel="Prompt tokens", ylabel="β", ylim=(min(0.0, axes.get_ylim()[0]), max(1.05, axes.get_ylim()[1])))
-    put_legend(figure, axes.get_legend_handles_labels()[0])
+    marks = [suspect_handle()] if any(surface.suspect for surface in shown) else []
+    put_legend(figure, [*axes.get_legend_handles_labels()[0], *marks])
     return figure
 
 

@@ -21,6 +21,8 @@ from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.errors import UsageError
 from mlflow_llmbench.records.results import Divergence, Failure, LoadInfo, MemoryStages, Quality, RunResult
 from mlflow_llmbench.reports import artifacts
+from mlflow_llmbench.reports.charts.catalogue import charts_of
+from mlflow_llmbench.reports.deployment import deployment_lead
 from mlflow_llmbench.reports.study import format_study
 
 from .test_laws import result
@@ -209,6 +211,57 @@ def test_each_limit_has_the_largest_model_that_keeps_it(found: Findings) -> None
     second = rows["first token ≤ 100 ms"].second
     assert second and second.name == "pythia-70m bf16 batch 1"
     assert not any(one.better for one in rows.values())
+
+
+def test_constraints_are_answered_at_every_measured_length(found: Findings, tmp_path: Path) -> None:
+    """TTFT of the smallest model at 512 tokens: (20 + 21 · 4^0.8) = 84 ms, so nothing keeps 50 ms there."""
+    assert found.focus.prompt == 128 and [one.prompt for one in found.lengths] == [64, 512]
+    constraints = [one.constraint for one in found.deployments]
+    short, long = (dict(zip(constraints, one.winners, strict=True)) for one in found.lengths)
+    for winners, prompt in ((short, 64), (long, 512)):
+        assert {one.result.cell.prompt_tokens for one in winners.values() if one} == {prompt}
+    assert long["first token ≤ 50 ms"] is None and short["first token ≤ 50 ms"]
+    most = long["any model: the most tokens"]
+    assert most and most.name == "pythia-70m bf16 batch 16"
+    artifacts.write_study(found, tmp_path)
+    text = unescape((tmp_path / "study" / "report.md").read_text()).replace("\\", "")
+    part = text[text.index("## At other prompt lengths") : text.index("## Findings")]
+    assert "| constraint | 64 tokens | 512 tokens |" in part and "pythia-70m bf16 batch 16: " in part
+    stored = json.loads((tmp_path / "study" / "study.json").read_text())
+    assert [one["prompt_tokens"] for one in stored["deployments_by_length"]] == [64, 512]
+
+
+def test_pruned_models_are_models_of_their_own_and_not_ranked_by_size() -> None:
+    def pruned(one: RunResult) -> RunResult:
+        hashes = dataclasses.replace(one.hashes, config=f"{one.hashes.config}-pruned")
+        return dataclasses.replace(one, cell=dataclasses.replace(one.cell, prune="layers-25%"), hashes=hashes)
+
+    whole = grid(["opt-125m"], ["bf16"])
+    found = find([*whole, *map(pruned, whole)])
+    assert set(labels(found.focus.cells).values()) == {"opt-125m", "opt-125m layers-25%"}
+    assert all(one.found.winner and one.found.winner.result.cell.prune is None for one in found.deployments)
+    assert "Pruned models are not in it" in deployment_lead(found)
+    assert not any(len({m.cell.prune for m in law.cells}) > 1 for law in found.scaling.laws)
+
+
+def test_claims_and_exponents_that_rest_on_suspect_cells_say_so(found: Findings, tmp_path: Path) -> None:
+    assert not any(one.suspect for one in found.claims)
+    doubtful = [
+        dataclasses.replace(one, steady=False) if (one.cell.quant, one.cell.prompt_tokens) == ("int8", 512) else one
+        for one in grid()
+    ]
+    seen = find(doubtful)
+    int8 = claim(seen, "int8_speed")
+    assert (int8.suspect, int8.cells) == (9, 54)  # three models, batches and lengths, each with its reference
+    assert claim(seen, "int4_speed").suspect == 0 and claim(seen, "memory_per_parameter_int8").suspect == 0
+    assert claim(seen, "throughput_by_batch_form").suspect == 9
+    assert {surface.suspect for surface in seen.scaling.surfaces} == {(), (512.0,)}
+    artifacts.write_study(seen, tmp_path)
+    text = unescape((tmp_path / "study" / "report.md").read_text())
+    assert "9 of the 54 cells that it rests on are suspect." in text
+    assert "Suspect: 9 of 54 cells." in format_study(seen)
+    [figure] = [chart.draw(seen.scaling) for chart in charts_of("scaling") if chart.name == "exponent_by_length"]
+    assert "hollow: suspect" in [text.get_text() for text in figure.legends[0].get_texts()]
 
 
 def test_a_better_cell_that_was_left_out_is_named_with_what_would_settle_it(tmp_path: Path) -> None:
