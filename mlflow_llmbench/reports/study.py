@@ -94,19 +94,7 @@ def sections(found: Findings, drawn: Drawn) -> list[Section]:
     judged = [claim for claim in found.claims if claim.measured != "–"]
     rest = tuple((title, _cut(lines)) for title, lines in laws.items() if title != "Laws")
     told = [
-        Section(
-            "What to deploy",
-            deployment_lead(found),
-            deployments_table(found.deployments) if found.deployments else None,
-            groups=deployment_notes(found),
-        ),
-        Section("At other prompt lengths", LENGTHS_LEAD if found.lengths else "", lengths_table(found)),
-        Section(
-            "At equal memory",
-            EQUAL_MEMORY_LEAD if found.equal_memory else "",
-            equal_memory_table(found.equal_memory),
-            groups=(("Answers", equal_memory_sentences(found.equal_memory)),),
-        ),
+        *_deploying(found),
         Section("Findings", groups=tuple(found.sentences.items())),
         Section(
             "The paper's claims",
@@ -147,6 +135,25 @@ def sections(found: Findings, drawn: Drawn) -> list[Section]:
         Section("Environment", groups=environment),
     ]
     return [one for one in told if one.lead or one.table or one.figures or any(lines for _, lines in one.groups)]
+
+
+def _deploying(found: Findings) -> tuple[Section, ...]:
+    """Return the sections that answer what to deploy: at the shape of comparison, at others, and at equal memory."""
+    return (
+        Section(
+            "What to deploy",
+            deployment_lead(found),
+            deployments_table(found.deployments) if found.deployments else None,
+            groups=deployment_notes(found),
+        ),
+        Section("At other prompt lengths", LENGTHS_LEAD if found.lengths else "", lengths_table(found)),
+        Section(
+            "At equal memory",
+            EQUAL_MEMORY_LEAD if found.equal_memory else "",
+            equal_memory_table(found.equal_memory),
+            groups=(("Answers", equal_memory_sentences(found.equal_memory)),),
+        ),
+    )
 
 
 def _cut(lines: Sequence[str]) -> tuple[str, ...]:

@@ -57,7 +57,7 @@ STAGES = ("baseline", "loaded", "peak", "steady", "unloaded")
 
 QUALITY = Quality(
     "d",
-    TextScores("wiki", 50, 8, 4, ((1.0, 2.0, 1.5), (2.5, 1.0)), ((0.9, 2.0, 1.4), (2.4, 1.0))),
+    TextScores("wiki", 50, 8, 4, ((1.0, 2.0, 1.5), (2.5, 1.0)), ((0.9, 2.0, 1.4), (2.4, 1.0)), ((4, 5, 3), (6, 2))),
     Divergence("fake:x", "ids", tuple((0.01 * (i % 7), 0.02) for i in range(160)), ((True, False), (True, True))),
     tasks=(TaskScore("arc", "acc", 0.5, 0.02, 100),),
 )
