@@ -405,7 +405,8 @@ def test_the_command_logs_the_answer_on_the_sweeps_parent(store_uri: str, capsys
         (["--max-tpot", "p99=5ms"], "Unknown statistic in --max-tpot: p99. Known: mean, p50, p95."),
         (
             ["--min-quality", "bleu=3"],
-            "Unknown quality: bleu. Known: kl, perplexity, bits_per_byte, top1. Give for example --min-quality kl=0.05.",
+            "Unknown quality: bleu. Known: kl, perplexity, bits_per_byte, top1. "
+            "Give for example --min-quality kl=0.05.",
         ),
         (["--min-quality", "kl"], "--min-quality kl is not a number: . Give for example kl=0.05."),
         (["--goal", "speed"], "Unknown goal: speed. Known: throughput, latency, cost, energy, ttft, tpot, goodput."),
