@@ -34,6 +34,7 @@ from mlflow_llmbench.records.quantizations import MIXED
 from mlflow_llmbench.records.results import LoadInfo, ModelFacts, RunResult
 from mlflow_llmbench.workflows.versions import promote, register
 
+from .analysis.decisions.test_capacity import LOADS, kept, recorded
 from .named_commands import ROOT, Composed, Named, collected, composed
 from .results import made, stored
 
@@ -173,6 +174,9 @@ def test_a_command_that_reads_works_as_printed(
         if "--model" in words:
             del words[(at := words.index("--model")) : at + 2]
         words += ["--backend", "fake", "--model", "fake:ttft_ms=1"]
+    if words[0] == "capacity":
+        words = [kept(LOADS) if word == A else word for word in words]
+        recorded(range(100))
     capsys.readouterr()
     code = main(words)
     captured = capsys.readouterr()

@@ -77,8 +77,7 @@ class GoodputLimit:
 
     def sentence(self) -> str:
         """The result as a sentence."""
-        slos = {"TTFT": self.cell.slo_ttft_ms, "TPOT": self.cell.slo_tpot_ms, "end to end": self.cell.slo_e2e_ms}
-        limits = ", ".join(f"{name} ≤ {value:g} ms" for name, value in slos.items() if value is not None)
+        limits = slo_text(self.cell)
         if self.rate is None:
             best = max((one.share for one in self.trials), default=0.0)
             return (
@@ -92,6 +91,12 @@ class GoodputLimit:
             f"Goodput: {self.rate:g} requests per second meet {limits} for {self.asked:.0%} of the requests ({ends})."
             f"{knee}"
         )
+
+
+def slo_text(cell: Cell) -> str:
+    """Return the SLOs of a cell as text: `TTFT ≤ 500 ms, TPOT ≤ 50 ms`."""
+    slos = {"TTFT": cell.slo_ttft_ms, "TPOT": cell.slo_tpot_ms, "end to end": cell.slo_e2e_ms}
+    return ", ".join(f"{name} ≤ {value:g} ms" for name, value in slos.items() if value is not None)
 
 
 def share_interval(counts: Sequence[tuple[int, int]]) -> tuple[float, float, float] | None:

@@ -1,4 +1,4 @@
-"""Commands that decide: recommend, register, gate, promote, export."""
+"""Commands that decide: recommend, register, gate, promote, export, predict, capacity."""
 
 from __future__ import annotations
 
@@ -323,7 +323,54 @@ def predict(
     return 0
 
 
-COMMANDS = (recommend, register, gate, promote, export, predict)
+@command(
+    "capacity",
+    "how many of these servers some traffic needs, with interval",
+    Option(
+        "references",
+        "sweep of find=goodput, runs, or results folders (default: latest sweep)",
+        "RESULT",
+        many=True,
+        default=LATEST,
+    ),
+    Option("--rate", "requests per second of all users together", "PER_S", optional=True),
+    Option("--trace", "file of the requests, as for `online`; its busiest part counts", "FILE", optional=True),
+    Option("--window", "length of that part (default: 60s)", "SECONDS", default="60s"),
+    Option("--headroom", "share on top of the traffic (default: 20%)", "RATIO", default="20%"),
+    Option("--attainment", "share of the requests that has to meet the SLOs (default: 0.9)", "RATIO", default="0.9"),
+    JSON,
+    TRACKING_URI,
+    EXPERIMENT,
+    description="From loads of one server with slo_…_ms, such as a sweep of find=goodput: several configurations are "
+    "answered beside each other. Logs nothing.",
+    examples=("capacity SWEEP --rate 40", "capacity SWEEP --trace day.jsonl --window 5min --headroom 30%"),
+)
+def capacity(
+    references: Sequence[str], rate: str | None, trace: str | None, window: str, headroom: str, attainment: str,
+    json: bool, tracking_uri: str | None, experiment: str | None,
+) -> int:  # fmt: skip
+    """Print the number of servers."""
+    from ..analysis.decisions.gate import parse_ratio
+    from ..analysis.decisions.limits import SECONDS, quantity
+    from ..reports.capacity import capacity_json, format_capacity
+    from ..workflows.capacity import capacity
+
+    found = capacity(
+        known(references, tracking_uri, experiment),
+        rate=None if rate is None else quantity("--rate", rate, {"": 1}, "--rate 12.5"),
+        trace=trace,
+        window_s=quantity("--window", window, SECONDS, "--window 60s"),
+        headroom=parse_ratio("--headroom", headroom),
+        attainment=parse_ratio("--attainment", attainment),
+        tracking_uri=tracking_uri,
+    )
+    print(format_capacity(found))
+    if json:
+        print_json(capacity_json(found))
+    return 0
+
+
+COMMANDS = (recommend, register, gate, promote, export, predict, capacity)
 
 
 def _hardware(name: str | None, bandwidth: str | None, flops: str | None, memory: str | None) -> Hardware | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from ...records.errors import UsageError
 from ...records.metric import GB, STATISTICS
@@ -18,6 +19,7 @@ BYTES = {
 LEAST_MEMORY = 1e6
 """Smallest limit of memory in bytes. No model needs less, so a smaller one lacks its unit."""
 
+SECONDS = {"": 1, "s": 1, "min": 60, "h": 3600}
 MILLISECONDS = {"": 1, "us": 1e-3, "µs": 1e-3, "ms": 1, "s": 1e3}
 LATENCIES = {"ttft": (TTFT, "p50"), "tpot": (TPOT, "mean")}
 """Latency that a limit can name → its metric, and the statistic if the limit names none."""
@@ -32,7 +34,7 @@ def read_limits(
     """Parse limits such as `6GB`, `p95=200ms` or `kl=0.05,top1=0.95`, in this order. Raises UsageError."""
     found = []
     if max_memory is not None:
-        size = _quantity("--max-memory", max_memory, BYTES, "6GB")
+        size = quantity("--max-memory", max_memory, BYTES, "6GB")
         if size < LEAST_MEMORY:
             raise UsageError(
                 f"--max-memory is less than {LEAST_MEMORY / 1e6:g}MB: {max_memory}. Give a size with its unit, such as "
@@ -42,7 +44,7 @@ def read_limits(
     for name, text in (("ttft", max_ttft), ("tpot", max_tpot)):
         if text is not None:
             measure, amount = _latency(name, text)
-            found.append(Limit(f"--max-{name}", measure, _quantity(f"--max-{name}", amount, MILLISECONDS, "200ms")))
+            found.append(Limit(f"--max-{name}", measure, quantity(f"--max-{name}", amount, MILLISECONDS, "200ms")))
     for part in filter(None, (min_quality or "").split(",")):
         name, _, text = part.partition("=")
         if name not in QUALITY_MEASURES:
@@ -54,7 +56,7 @@ def read_limits(
             Limit(
                 f"--min-quality {name}",
                 QUALITY_MEASURES[name],
-                _quantity(f"--min-quality {name}", text, {"": 1}, "kl=0.05"),
+                quantity(f"--min-quality {name}", text, {"": 1}, "kl=0.05"),
             )
         )
     return found
@@ -77,8 +79,8 @@ def _latency(name: str, text: str) -> tuple[Measure, str]:
     return Measure(f"{shown} {metric.title}", (metric.key(statistic),), metric.better, advice), amount
 
 
-def _quantity(option: str, text: str, units: dict[str, float], example: str) -> float:
-    """Parse a positive number with a unit; returns bytes for BYTES, ms for MILLISECONDS. Raises UsageError."""
+def quantity(option: str, text: str, units: Mapping[str, float], example: str) -> float:
+    """Parse a positive number with one of the units; returns it times the unit's value. Raises UsageError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?|\.\d+)\s*([A-Za-zµ]*)\s*", text)
     unit = match[2].lower() if match else ""
     if match is None or unit not in units:
