@@ -200,7 +200,7 @@ def setting_text(name: str, cell: Cell) -> str:
         return load_text(cell)
     text = as_text(name, getattr(cell, name))
     text = redact(text) if name == "launch" else _last_part(text)
-    if name in ("quant", "prune") and text != "none":
+    if name == "quant" or (name == "prune" and text != "none"):
         return text
     return f"{SHORT[name]}{text}" if name in SHORT else f"{name}={text}"
 

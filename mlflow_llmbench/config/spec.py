@@ -13,7 +13,7 @@ from dataclasses import Field, dataclass, field
 from typing import Any
 
 from ..records import reading
-from ..records.backends import DEFAULT_BACKEND, SERVER_BACKEND, backend_of, capabilities_of
+from ..records.backends import SERVER_BACKEND, backend_of, capabilities_of
 from ..records.cell import (
     BACKEND_SPECIFIC,
     LENGTHS,
@@ -196,7 +196,7 @@ def with_backend(values: Mapping[str, object]) -> dict[str, object]:
     """Return parameters with the backend for servers, if they name a server and no other backend."""
     given = dict(values)
     is_server = any(str(given.get(name) or "none").lower() != "none" for name in SERVERS)
-    if is_server and given.get("backend", DEFAULT_BACKEND) == DEFAULT_BACKEND:
+    if is_server and given.get("backend") in (None, PARAMETERS["backend"].default):
         given["backend"] = SERVER_BACKEND
     return given
 
