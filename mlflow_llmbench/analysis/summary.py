@@ -125,6 +125,8 @@ def hardware_name(result: RunResult) -> str:
     gpu = gpu_of(result)
     if gpu:
         return str(gpu["name"])
+    if result.load and (named := result.load.facts.get("model.device_name")):
+        return str(named)
     cpu: Mapping[str, Any] = result.environment.get("cpu") or {}
     count, quota = cpu.get("usable_cpus"), cpu.get("quota_cpus")
     cpus = f"{count} CPUs{f' (quota of {quota:g})' if quota else ''}" if count else ""

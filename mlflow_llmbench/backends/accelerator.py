@@ -41,7 +41,7 @@ def take(device: str) -> None:
         return
     import torch
 
-    _module(device).set_device(torch.device(device))
+    _module(device).set_device(torch.device(device if ":" in device else f"{device}:0"))  # it takes no bare kind
     if kind_of(device) == "cuda":
         gpu.check_identity(device, str(torch.cuda.get_device_properties(device).uuid))
 

@@ -83,7 +83,8 @@ def rooms(device: str, limit: int | None, own: int = 0) -> dict[str, int]:
     device. Empty if the system does not tell the free memory.
     """
     named = machine.require_device(device)
-    numbers = [int(named.partition(":")[2])] if ":" in named else range(len(gpu.gpus())) if named == "cuda" else []
+    kind, _, number = named.partition(":")
+    numbers = ([int(number)] if number else range(len(gpu.gpus()))) if kind == "cuda" else []
     free = {f"cuda:{number}": gpu.free_bytes(number) for number in numbers}
     host, _ = estimate.available_memory(HOST, None)
     host = None if host is None else host + own

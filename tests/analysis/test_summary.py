@@ -257,6 +257,17 @@ def test_bandwidth_utilization_by_hand_and_absent_when_the_cache_could_serve() -
     assert efficiency.model_bandwidth_utilization(result([[2, 2, 2]] * 5, load=load)) is None
 
 
+def test_hardware_has_the_name_of_the_device_that_computed() -> None:
+    made = result([[10, 20]])
+    environment = {"cpu": {"name": "AMD EPYC", "usable_cpus": 2}, "gpus": [{"name": "NVIDIA H200"}]}
+    for device, named, expected in (
+        ("cpu", None, "AMD EPYC, 2 CPUs"), ("cuda:0", "NVIDIA H200", "NVIDIA H200"), ("xpu:0", "Intel", "Intel"),
+    ):  # fmt: skip
+        facts = {"model.device": device} | ({"model.device_name": named} if named else {})
+        one = dataclasses.replace(made, environment=environment, load=LoadInfo(1.0, facts=facts))
+        assert summary.hardware_name(one) == expected
+
+
 def test_several_devices_count_together() -> None:
     load = LoadInfo(1.0, step_bytes=800, kv_bytes_per_token=10, flops_per_token=100.0, cache_bytes=60)
     peaks = {"read_bytes_per_s": 1e6, "flops_per_s": 1e6}

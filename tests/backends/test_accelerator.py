@@ -81,6 +81,23 @@ def test_two_devices_are_read_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert accelerator.name("xpu") == "Intel Data Center GPU Max 1550"
 
 
+@pytest.mark.parametrize("named", ["xpu", "xpu:0"])
+def test_a_device_without_a_number_is_the_first_when_it_is_taken(named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own `set_device` refuses a device without an index: this is its check."""
+    from torch.cuda._utils import _get_device_index
+
+    taken: list[int] = []
+    module = Module()
+    monkeypatch.setattr(module, "set_device", lambda device: taken.append(_index(device)), raising=False)
+    monkeypatch.setattr(torch, "get_device_module", lambda kind: module)
+
+    def _index(device: torch.device) -> int:
+        return int(_get_device_index(torch.device("cuda", device.index) if device.index is not None else "cuda"))
+
+    accelerator.take(named)
+    assert taken == [0]
+
+
 def test_an_apple_gpu_has_one_pool_no_peak_and_no_known_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     module = Apple()
     monkeypatch.setattr(torch, "get_device_module", lambda kind: module if kind == "mps" else None)

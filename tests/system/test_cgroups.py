@@ -340,4 +340,4 @@ print(json.dumps([*allowed, seen.periods, seen.throttled, seen.throttled_s]))
         allowed, threads, cores, periods, throttled, seconds = told_in(group, busy)
     assert (allowed, threads, cores) == (1.0, 1, 1)
     assert periods > 0
-    assert (throttled > 0) == (seconds > 0)
+    assert throttled > 0 or seconds == 0  # a group that was throttled for the first time just now has no time yet

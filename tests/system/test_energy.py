@@ -35,6 +35,7 @@ def test_packages_are_added_and_their_parts_are_not(tmp_path: Path, monkeypatch:
     before = machine.take_readings()
     counters(tmp_path, 6_000_000, 9_000_000)
     assert machine.noise_between(before, machine.take_readings()).energy_j == pytest.approx(3.0)
+    assert machine.take_readings("xpu:0").energy_j is None  # the packages' energy is not that of another device
     counters(tmp_path, 0, 0)  # wrapped
     assert machine.noise_between(before, machine.take_readings()).energy_j is None
     assert machine.idle_power_w("cpu", seconds=0.01) == 0.0

@@ -97,7 +97,8 @@ LAWS_OF = {
 QUANTS_OF = {"int8_speed": ("int8",), "int8_loss": ("int8",), "int4_speed": ("int4",)}
 """Claim → the quantizations whose cells it rests on, with their references."""
 
-CELLS_OF = {"output_dominates": (), "bandwidth_bound": (), "consumer_cost": (), "gptq_between": (GPTQ, "int8", "int4")}
+CELLS_OF = {"output_dominates": (), "bandwidth_bound": (), "consumer_cost": (), "ranks_by_length": (),
+            "gptq_between": (GPTQ, "int8", "int4")}  # fmt: skip
 """Claim → the quantizations of the cells that it rests on; all with ()."""
 
 

@@ -140,7 +140,7 @@ def _prune_into(folder: Path, cell: Cell, source: str, words: Any) -> None:
     ids = passages.cut(texts, words, PASSAGES, PASSAGE_TOKENS) if words else []
     calibration = "+".join(passages.BUNDLED) if ids else "seeded ids"
     tokens = min(PASSAGE_TOKENS, int(getattr(model.config, "max_position_embeddings", PASSAGE_TOKENS)))
-    ids = ids or passages.draw(f"prune/{cell.seed}", vocabulary, PASSAGES, tokens)
+    ids = ids or passages.draw("prune", vocabulary, PASSAGES, tokens)
     before = sum(parameter.numel() for parameter in model.parameters())
     with torch.inference_mode():
         removed = prune(model, str(cell.prune), torch.tensor(ids)[:, :tokens])
@@ -152,7 +152,7 @@ def _prune_into(folder: Path, cell: Cell, source: str, words: Any) -> None:
         **removed,
         "prune.parameters_before": before,
         "prune.calibration": calibration,
-        "prune.calibration_tokens": sum(map(len, ids)),
+        "prune.calibration_tokens": sum(len(row[:tokens]) for row in ids),
         "prune.make_s": round(time.perf_counter() - started, 1),
     }
     (folder / RECORD).write_text(json.dumps(record), encoding="utf-8")
@@ -271,12 +271,22 @@ def _matrix(layer: Any) -> torch.Tensor:
 # Cutting
 
 
+def _require_finite(criterion: torch.Tensor) -> None:
+    """Raise MeasurementError unless all values are numbers: others would order the parts at random."""
+    if not bool(criterion.isfinite().all()):
+        raise MeasurementError(
+            "The model overflows on the calibration texts, so it is not known which parts to prune. "
+            "Use a checkpoint in bf16 or fp32, or prune=none."
+        )
+
+
 def _cut_layers(model: Any, family: Family, asked: Pruning, ids: torch.Tensor) -> list[int]:
     """Remove the layers with the lowest block influence, and return the numbers of those that are left."""
     import torch
 
     stack = model.get_submodule(family.stack)
     influence = block_influence(model, stack, ids)
+    _require_finite(torch.tensor(influence))
     ranked = sorted(range(len(stack)), key=lambda number: influence[number])
     kept = sorted(ranked[len(stack) - asked.kept(len(stack)) :])
     model.set_submodule(family.stack, torch.nn.ModuleList([stack[number] for number in kept]))
@@ -286,6 +296,7 @@ def _cut_layers(model: Any, family: Family, asked: Pruning, ids: torch.Tensor) -
 def _cut_width(model: Any, family: Family, left: int, ids: torch.Tensor) -> None:
     outs = [layer.get_submodule(family.mlp_out) for layer in model.get_submodule(family.stack)]
     for layer, out, norms in zip(model.get_submodule(family.stack), outs, channel_norms(model, outs, ids), strict=True):
+        _require_finite(norms)
         kept = norms.topk(left).indices.sort().values
         for name in family.mlp_in:
             _keep(layer.get_submodule(name), kept, outputs=True)
@@ -301,6 +312,7 @@ def _cut_heads(model: Any, family: Family, shape: Shape, left: int, ids: torch.T
     for layer, out, norms in zip(
         model.get_submodule(family.stack), outs, head_norms(model, outs, units, ids), strict=True
     ):
+        _require_finite(norms)
         kept = norms.topk(left).indices.sort().values
         _keep(layer.get_submodule(query), _spread(kept, each), outputs=True)
         _keep(out, _spread(kept, each), outputs=False)

@@ -30,6 +30,7 @@ from ...records.results import ModelFacts, hash16
 from ...system import machine
 from ...system.python_command import module_command, variables
 from ..checkpoints import gguf_file
+from ..huggingface import pruning
 
 PACKAGE = "llama-cpp-python"
 SOURCE_VARIABLE = "LLMBENCH_LLAMA_CPP"
@@ -54,7 +55,7 @@ def version() -> str:
 
 def file_of(cell: Cell, model: ModelFacts) -> Path:
     """Return the cache path of the file that a cell runs. Its name depends on everything that decides its content."""
-    return _kept(model, cell.quant if SCHEMES[cell.quant].makes_files else out_type(cell, model))
+    return _kept(cell, model, cell.quant if SCHEMES[cell.quant].makes_files else out_type(cell, model))
 
 
 def out_type(cell: Cell, model: ModelFacts) -> str:
@@ -62,8 +63,9 @@ def out_type(cell: Cell, model: ModelFacts) -> str:
     return OUT_TYPES.get(cell.quant) or OUT_TYPES.get(model.dtype or "", "f16")
 
 
-def _kept(model: ModelFacts, kind: str) -> Path:
+def _kept(cell: Cell, model: ModelFacts, kind: str) -> Path:
     name, revision = model.identity
+    revision = pruning.folder_of(cell, model).name if model.pruned else revision
     content = {"model": name, "revision": revision, "kind": kind, "version": version()}
     return machine.cache_folder() / "gguf" / f"{Path(model.name).name}-{kind}-{hash16(content)}.gguf"
 
@@ -77,7 +79,7 @@ def make(cell: Cell, model: ModelFacts, checkpoint: str) -> None:
     wanted = file_of(cell, model)
     if wanted.exists():
         return
-    base = _kept(model, out_type(cell, model))
+    base = _kept(cell, model, out_type(cell, model))
     base.parent.mkdir(parents=True, exist_ok=True)
     if not base.exists():
         _check_architecture(cell, checkpoint)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from mlflow_llmbench.config.pruning import (
 from mlflow_llmbench.config.spec import parse
 from mlflow_llmbench.measure.journal import read_result
 from mlflow_llmbench.records.cell import Cell
-from mlflow_llmbench.records.errors import UsageError
+from mlflow_llmbench.records.errors import MeasurementError, UsageError
 from mlflow_llmbench.records.results import ModelFacts, Verdict
 from mlflow_llmbench.sweeps.planning import plan
 from tests.architectures import tiny_config, write_tiny
@@ -133,6 +134,19 @@ def test_parts_that_add_nothing_go_first(part: str, tmp_path: Path) -> None:
         assert info.facts["prune.parameters_before"] == sum(p.numel() for p in model.parameters())
         assert info.facts["model.parameters"] < info.facts["prune.parameters_before"]
         assert info.made and json.loads(Path(info.made, "config.json").read_text())["model_type"] == "qwen3"
+
+
+@pytest.mark.parametrize("part", [LAYERS, MLP, HEADS])
+def test_a_model_that_overflows_is_not_pruned_at_random(part: str, tmp_path: Path) -> None:
+    model, source = tiny("qwen3", tmp_path / "large")
+    with torch.inference_mode():
+        model.get_submodule("model.embed_tokens").weight.fill_(math.inf)
+    model.save_pretrained(source)
+    with (
+        pytest.raises(MeasurementError, match=r"overflows on the calibration texts"),
+        loaded(Cell(model=str(source), prune=SHARE[part])),
+    ):
+        pass
 
 
 def test_block_influence_is_one_minus_the_cosine_similarity() -> None:
