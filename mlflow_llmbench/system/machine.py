@@ -403,7 +403,7 @@ def take_readings(device: str = "cpu", ranks: Iterable[int] = ()) -> Readings:
 
         usage = resource.getrusage(resource.RUSAGE_SELF)
         switches, faults = usage.ru_nivcsw, usage.ru_majflt
-    energy = cpu_energy_j() if device == "cpu" else on_gpu and on_gpu.energy_j
+    energy = cpu_energy_j() if device == "cpu" else on_gpu.energy_j if on_gpu else None
     return Readings(
         time.monotonic(),
         steal,
