@@ -40,9 +40,9 @@ def _traffic(traffic: Traffic, headroom: float) -> str:
 
 
 def _assumed(plan: CapacityPlan) -> str:
-    cell = plan.found[0].limit.cell
+    cell, share = plan.found[0].limit.cell, f"{100 * plan.attainment:.4g}%"
     return (
-        f"Enough that {plan.attainment:.0%} of the requests meet {slo_text(cell)}, if every server is as the measured "
+        f"Enough that {share} of the requests meet {slo_text(cell)}, if every server is as the measured "
         "one and a load balancer deals requests out evenly. The interval is that of one server's goodput: at the rate "
         "that surely meets the SLOs, and at the one that surely does not."
     )

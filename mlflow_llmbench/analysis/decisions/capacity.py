@@ -104,12 +104,13 @@ def of_trace(recording: Recording, window_s: float) -> Traffic:
     hours = []
     for hour in range(math.ceil(lasts / 3600) if lasts > 3600 else 0):
         own = times[bisect_left(times, hour * 3600) : bisect_left(times, (hour + 1) * 3600)]
-        hours.append(_busiest(own, window)[1] if own else 0.0)
+        hours.append(_busiest(own, min(window, 3600.0))[1] if own else 0.0)
     lengths = (
         fmean(request.prompt_tokens for request in recording.requests),
         fmean(request.output_tokens for request in recording.requests),
     )
-    return Traffic(peak, len(times) / lasts, window, begins, tuple(hours), lengths)
+    mean = len(times) / lasts
+    return Traffic(max(peak, mean), mean, window, begins, tuple(hours), lengths)
 
 
 def _busiest(times: Sequence[float], window: float) -> tuple[float, float]:
@@ -182,7 +183,7 @@ def _notes(limit: GoodputLimit, traffic: Traffic, own: Sequence[RunResult]) -> t
         mean, other = (f"{prompt:.0f} + {output:.0f}" for prompt, output in (traffic.lengths, measured))
         notes.append(
             f"The traffic's requests have {mean} tokens in the mean, the measured ones {other}. Measure with such "
-            "lengths, or with the trace itself."
+            "lengths."
         )
     return tuple(notes)
 

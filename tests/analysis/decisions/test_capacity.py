@@ -103,9 +103,14 @@ def test_a_day_is_answered_by_the_hour() -> None:
 
 def test_a_short_trace_is_one_window() -> None:
     found = of_trace(read_trace(recorded([0, 1, 2])), 60.0)
-    assert (found.peak, found.window_s) == (1.0, 2.0)  # the end of the last second is not in it
+    assert (found.peak, found.mean, found.window_s) == (1.5, 1.5, 2.0)
     one = of_trace(read_trace(recorded([5])), 60.0)
     assert one.peak == pytest.approx(1 / 60)
+
+
+def test_an_hour_is_no_longer_than_its_window() -> None:
+    found = of_trace(read_trace(recorded(n / 2 for n in range(2 * 3 * 3600))), 7200.0)
+    assert [round(rate, 2) for rate in found.hours] == [2.0, 2.0, 2.0]
 
 
 def test_configurations_are_answered_beside_each_other_the_fewest_first() -> None:
