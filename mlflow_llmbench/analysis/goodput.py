@@ -169,13 +169,18 @@ def next_cell(results: Sequence[RunResult], asked: float) -> Cell | None:
 
 
 def searches(results: Sequence[RunResult]) -> dict[Cell, list[RateTrial]]:
-    """Loads tried for each configuration, which is its cell without a rate."""
+    """Loads tried for each configuration."""
     found: dict[Cell, list[RateTrial]] = {}
     for result in results:
         one = measure_rate(result) if result.outcome == "ok" and result.cell.scenario == "online" else None
         if one:
-            found.setdefault(dataclasses.replace(result.cell, request_rate=None), []).append(one)
+            found.setdefault(configuration_of(result), []).append(one)
     return found
+
+
+def configuration_of(result: RunResult) -> Cell:
+    """Return the configuration that a load belongs to: its cell without the rate."""
+    return dataclasses.replace(result.cell, request_rate=None)
 
 
 def limits(results: Sequence[RunResult], asked: float) -> list[GoodputLimit]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from ..records.metric import GB, Series
 from ..records.metrics import GPU_WEIGHT_PARTS, WEIGHTS_ON_DISK, WEIGHTS_ON_GPUS, WEIGHTS_ON_HOST
@@ -12,6 +12,7 @@ from ..records.text import short_number_text
 from .figures import Figures
 
 HOST, DISK = "cpu", "disk"
+"""Names of the places that are no GPU; a GPU is `cuda:N`."""
 
 NAMES = {HOST: "in host memory", DISK: "on the disk"}
 """Place → how sentences name it; GPUs have their own names, `cuda:N`."""
@@ -22,12 +23,16 @@ def parts_of(result: RunResult) -> tuple[PlacedPart, ...]:
     return (result.load.placement if result.load else None) or ()
 
 
+def weights_of(result: RunResult) -> dict[str, int]:
+    """Return the bytes of weights in each place that has some; empty unless it was laid out."""
+    return {part.place: part.weight_bytes for part in parts_of(result)}
+
+
 def layout_figures(result: RunResult) -> Figures:
     """Weights on GPUs, in host memory and on the disk, by MLflow key; those that were possible and are empty are 0."""
-    parts = parts_of(result)
-    if not parts:
+    sizes = weights_of(result)
+    if not sizes:
         return {}
-    sizes = {part.place: part.weight_bytes for part in parts}
     on_gpus = sum(size for place, size in sizes.items() if place not in NAMES)
     return {
         WEIGHTS_ON_GPUS.key(): on_gpus / GB if on_gpus else None,
@@ -43,9 +48,9 @@ def layout_series(result: RunResult) -> Iterator[tuple[Series, int, float]]:
             yield GPU_WEIGHT_PARTS, int(part.place.partition(":")[2] or 0), part.weight_bytes / GB
 
 
-def layout_text(result: RunResult) -> str:
-    """Return what landed where in one line: `cpu 0.31 GB, disk 0.52 GB`; empty unless it was laid out."""
-    return ", ".join(f"{part.place} {short_number_text(part.weight_bytes / GB)} GB" for part in parts_of(result))
+def weights_text(weights: Mapping[str, int]) -> str:
+    """Return a layout as text: `cuda:0 70.2 GB, cpu 12.1 GB, disk 57.2 GB`, without empty places."""
+    return ", ".join(f"{place} {short_number_text(size / GB)} GB" for place, size in weights.items() if size)
 
 
 def gpu_count(result: RunResult) -> int:

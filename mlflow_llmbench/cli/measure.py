@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..config.spec import parse, read_yaml, with_backend
+from ..config.spec import parse, with_backend
 from ..config.training import parse_training
 from ..records.backends import SERVER_BACKEND
 from ..records.cell import Cell, split_list
@@ -30,6 +30,8 @@ from .options import (
     Option,
     checked_parameters,
     command,
+    given_parameters,
+    named_options,
     parameter_options,
     training_options,
 )
@@ -68,8 +70,7 @@ def quickstart(
     tracking_uri: str | None, experiment: str | None,
 ) -> int:  # fmt: skip
     """Measure a small model in a few configurations and print which one to deploy."""
-    options = {"backend": backend, "output_dir": output_dir, "rerun": rerun}
-    given = {name: value for name, value in options.items() if value is not None}
+    given = named_options({"backend": backend, "output_dir": output_dir, "rerun": rerun})
     checked_parameters(given | ({"quant": quant} if quant != "auto" else {}))
 
     from ..reports.quickstart import format_quickstart, format_quickstart_plan, quickstart_json
@@ -163,7 +164,7 @@ def tune(
     experiment: str | None, **given: str | None,
 ) -> int:  # fmt: skip
     """Say what will be measured, measure it, and print the winner and how far the search goes."""
-    parameters = (read_yaml(config) if config else {}) | _given(given)
+    parameters = given_parameters(given, config)
     parse(with_backend(parameters))  # before anything slow is imported
 
     from ..analysis.decisions.limits import read_limits
@@ -179,7 +180,7 @@ def tune(
     with progress(plans=False) as shown:
         done = tune.search(
             parameters,
-            {name: text for name, text in own.items() if text is not None},
+            named_options(own),
             limits,
             destination=(tracking_uri, experiment),
             listener=shown,
@@ -384,7 +385,7 @@ def calibrate(
 )
 def qat(json: bool, tracking_uri: str | None, experiment: str | None, **given: str | None) -> int:
     """Train and print the quality before and after."""
-    named = {name: value for name, value in given.items() if value is not None}
+    named = named_options(given)
     parse_training(named)  # before anything slow is imported
 
     from ..records.codec import to_json
@@ -411,11 +412,6 @@ def _references(texts: Sequence[str], tracking_uri: str | None, experiment: str 
     """Return the references in lists such as `RUN,SWEEP`; a path that exists may contain commas. `none` is none."""
     parts = [part for text in texts for part in ([text] if os.path.exists(text) else split_list(text))]
     return known([part for part in parts if part != "none"], tracking_uri, experiment)
-
-
-def _given(options: Mapping[str, str | None]) -> dict[str, str]:
-    """Return the options that the user gave."""
-    return {name: value for name, value in options.items() if value is not None}
 
 
 def _run(parameters: Mapping[str, object], json: bool, tracking_uri: str | None, experiment: str | None) -> int:

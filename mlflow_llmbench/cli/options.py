@@ -267,10 +267,19 @@ def checked_parameters(
     given: Mapping[str, str | None], config: str | None = None, **defaults: str
 ) -> dict[str, object]:
     """Return the parameters of the file and the options, checked before anything slow is imported."""
-    named = {name: value for name, value in given.items() if value is not None}
-    parameters = defaults | (read_yaml(config) if config else {}) | named
+    parameters = defaults | given_parameters(given, config)
     parse(parameters)
     return parameters
+
+
+def given_parameters(given: Mapping[str, str | None], config: str | None = None) -> dict[str, object]:
+    """Return the parameters of the file and the options that were given, unchecked."""
+    return (read_yaml(config) if config else {}) | named_options(given)
+
+
+def named_options(given: Mapping[str, str | None]) -> dict[str, str]:
+    """Return the options that the user gave."""
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def permissions(trust_remote_code: bool, allow_pickle: bool) -> frozenset[str]:

@@ -78,7 +78,7 @@ def _with_rate(one: Candidate | None) -> str:
     """Return the name of a candidate with its throughput; a dash for none."""
     if one is None:
         return "–"
-    rate = one.metrics.get(OUTPUT_RATE.mlflow_keys()[0])
+    rate = one.metrics.get(OUTPUT_RATE.key())
     return marked(one) + ("" if rate is None else f": {number_text(rate)} tokens/s")
 
 

@@ -82,7 +82,7 @@ def equal_memory_json(found: Sequence[Rivals]) -> list[dict[str, Any]]:
 
 def _with_costs(one: Candidate) -> str:
     """Return a name with memory and speed; the speed of a suspect result is marked."""
-    key, rate = MEMORY.key(one.metrics), one.metrics.get(OUTPUT_RATE.mlflow_keys()[0])
+    key, rate = MEMORY.key(one.metrics), one.metrics.get(OUTPUT_RATE.key())
     costs = [figure(key, one.metrics[key])] if key else []
     costs += [] if rate is None else [f"{number_text(rate)} tokens/s{'?' if one.verdict.word == 'suspect' else ''}"]
     return f"{one.name} ({', '.join(costs)})" if costs else one.name

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..analysis.layout import weights_text
 from ..backends.base import backend_class
 from ..config import model_shape
 from ..config.backend_checks import check_declared
@@ -259,8 +260,8 @@ def _outlook(
     predicted = estimate.predicted_bytes(cell, model, shape)
     loading = estimate.predicted_load_bytes(cell, model, shape)
     refused = estimate.refusal(cell, model, predicted, machine.memory.get(cell.device, (None, "")), loading)
-    if refused and refused.kind == "memory":
-        refused = estimate.with_way_out(refused, _way_out(cell, model, shape, rooms, needs))
+    if refused and refused.kind == "memory" and (way := _way_out(cell, model, shape, rooms, needs)):
+        refused = Refusal("memory", f"{refused.sentence} {way}")
     return _Outlook(predicted, loading, None, refused)
 
 
@@ -278,7 +279,7 @@ def _way_out(
     layout = placement.predict(other, model, shape, rooms, needs)
     if layout is None or layout.lacking:
         return ""
-    return f"With {parameter_text('placement', 'auto')} its weights would lie in {placement.text(layout.weights)}."
+    return f"With {parameter_text('placement', 'auto')} its weights would lie in {weights_text(layout.weights)}."
 
 
 def _backend_refusal(cell: Cell, model: ModelFacts) -> Refusal | None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..analysis.layout import parts_of
+from ..analysis.layout import weights_of
 from ..analysis.repetitions import process_count
 from ..analysis.summary import summarize
 from ..analysis.verdict import judge
@@ -94,7 +94,7 @@ MOVED = 0.1
 
 def _lay_alike(found: RunResult, job: Job) -> bool:
     """Return True unless a model was laid out otherwise than it would be now: free memory and its limit decide that."""
-    parts = {part.place: part.weight_bytes for part in parts_of(found)}
+    parts = weights_of(found)
     expected = job.planned.predicted_placement
     if found.cell.placement == PARAMETERS["placement"].default:
         return True

@@ -74,7 +74,7 @@ def predicted_bytes(cell: Cell, model: ModelFacts, shape: model_shape.Shape | No
         dtype = FLOAT_DTYPES.get(cell.quant) if model.source in ("gguf", "hub_gguf") else None
         unpacked = 2 * model_shape.VALUE_BYTES[dtype] if dtype else 1
         return None if model.files_bytes is None else model.files_bytes * unpacked
-    dtype, prompt = _dtype(model), longest_of(cell)[0] or 512
+    dtype, prompt = stored_dtype(model), longest_of(cell)[0] or 512
     peak = _weight_bytes(cell, model, shape, dtype) + sum(besides_weights(cell, model, shape))
     peak += model_shape.PROCESS_BYTES + _more_ranks_bytes(cell, model, shape, dtype, prompt)
     return max(peak, predicted_load_bytes(cell, model, shape) or 0)
@@ -85,13 +85,13 @@ def besides_weights(cell: Cell, model: ModelFacts, shape: model_shape.Shape) -> 
     (prompt, output), quant = longest_of(cell), _quant_loaded(cell)
     prompt = prompt or 512
     cache, rest = model_shape.bytes_besides_weights(
-        shape, quant, _dtype(model), cell.batch_size, prompt, output, _cache_value_bytes(cell)
+        shape, quant, stored_dtype(model), cell.batch_size, prompt, output, _cache_value_bytes(cell)
     )
     return cache, rest + _decode_overhead_bytes(cell, model, prompt + output)
 
 
-def _dtype(model: ModelFacts) -> str:
-    """The dtype of a checkpoint, for the formulas."""
+def stored_dtype(model: ModelFacts) -> str:
+    """Return the dtype of a checkpoint for the formulas: bfloat16 unless it is a type of 16 or 32 bits."""
     return model.dtype if model.dtype in ("float32", "float16", "bfloat16") else "bfloat16"
 
 
@@ -99,7 +99,7 @@ def predicted_load_bytes(cell: Cell, model: ModelFacts, shape: model_shape.Shape
     """Estimated peak bytes of a cell while its model is loaded; None if the architecture is unknown."""
     if shape is None:
         return None
-    dtype = _dtype(model)
+    dtype = stored_dtype(model)
     if _runs_packed(cell, model):
         return model_shape.PROCESS_BYTES + (model.files_bytes or 0)
     own = model_shape.load_memory_estimate(shape, _quant_loaded(cell), dtype)
@@ -163,7 +163,7 @@ def _decode_overhead_bytes(cell: Cell, model: ModelFacts, tokens: int) -> int:
     )
     if not small or not model.assistant:
         return own
-    dtype = model.assistant.dtype if model.assistant.dtype in ("float32", "float16", "bfloat16") else "bfloat16"
+    dtype = stored_dtype(model.assistant)
     quant = cell.quant if cell.quant in FLOAT_DTYPES else "none"
     return own + model_shape.memory_estimate(small, quant, dtype, 1, tokens, 0)
 
@@ -204,7 +204,7 @@ def least_seconds(
         return None
     devices = cell.tensor_parallel if on_gpus(cell) else 1
     bandwidth, flops = bandwidth * devices, flops * devices
-    dtype = _dtype(model)
+    dtype = stored_dtype(model)
     weights = _weight_bytes(cell, model, shape, dtype)
     rows, prompt = cell.batch_size, cell.prompt_tokens or 512
     context = prompt + cell.output_tokens // 2
@@ -255,11 +255,6 @@ def _not_pruned(cell: Cell, model: ModelFacts) -> Refusal | None:
     own = model.config if model.source not in ("gguf", "hub_gguf") else None
     why = pruning.refusal(cell.model, own, cell.prune)
     return Refusal("settings", why) if why else None
-
-
-def with_way_out(refused: Refusal | None, way: str) -> Refusal | None:
-    """Return a refusal for want of memory with one more thing to do, as a sentence; others are returned unchanged."""
-    return Refusal("memory", f"{refused.sentence} {way}") if refused and refused.kind == "memory" and way else refused
 
 
 def contradiction(cell: Cell) -> Refusal | None:

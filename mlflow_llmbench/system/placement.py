@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from ..analysis.layout import DISK, HOST
 from ..config import model_shape
 from ..records.cell import Cell
 from ..records.metric import GB
@@ -19,9 +20,6 @@ from ..records.results import ModelFacts
 from ..records.text import short_number_text
 from . import estimate, gpu, machine
 from .estimate import Refusal
-
-HOST, DISK = "cpu", "disk"
-"""Names of the places that are no GPU; a GPU is `cuda:N`."""
 
 AUTO = "auto"
 """Value of `placement` that lays a model out; with `single` it lies on one device."""
@@ -118,8 +116,8 @@ def predict(
     """Return the predicted layout of a cell's model; None if the architecture or the free memory is unknown."""
     if shape is None or needs is None or HOST not in rooms:
         return None
-    dtype = model.dtype if model.dtype in ("float32", "float16", "bfloat16") else "bfloat16"
-    pieces = _pieces(shape, model_shape.VALUE_BYTES[FLOAT_DTYPES.get(cell.quant) or dtype])
+    dtype = FLOAT_DTYPES.get(cell.quant) or estimate.stored_dtype(model)
+    pieces = _pieces(shape, model_shape.VALUE_BYTES[dtype])
     lying = list(zip(fill(pieces, budgets(rooms, needs)), pieces, strict=True))
     weights = {place: sum(size for where, size in lying if where == place) for place in (*rooms, DISK)}
     gpus = [place for place in rooms if place != HOST]
@@ -191,8 +189,3 @@ def refusal(cell: Cell, model: ModelFacts, layout: Layout | None) -> Refusal | N
     """Return why a cell with placement=auto cannot be measured, or None."""
     lacking = Refusal("memory", layout.lacking) if layout and layout.lacking else None
     return estimate.impossible(cell, model) or lacking
-
-
-def text(weights: Mapping[str, int]) -> str:
-    """Return a layout as text: `cuda:0 70.2 GB, cpu 12.1 GB, disk 57.2 GB`, without empty places."""
-    return ", ".join(f"{place} {short_number_text(size / GB)} GB" for place, size in weights.items() if size)

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..analysis.layout import layout_text
+from ..analysis.layout import weights_of, weights_text
 from ..analysis.summary import Point, gpu_of, series, summarize
 from ..analysis.verdict import judge
 from ..config.choices import WORKLOADS
@@ -229,7 +229,7 @@ def cell_tags(result: RunResult, verdict: Verdict) -> dict[str, str]:
         "outcome": result.outcome,
         "verdict": verdict.word,
         "verdict_reasons": ",".join(r.code for r in verdict.reasons),
-        "placement": layout_text(result),
+        "placement": weights_text(weights_of(result)),
         "linked_run": result.linked,
         "failure": f"{result.failure.stage}: {result.failure.message}" if result.failure else None,
     }

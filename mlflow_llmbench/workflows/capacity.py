@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from ..analysis.decisions.capacity import CapacityPlan, of_rate, of_trace, plan_capacity
 from ..analysis.goodput import searches
+from ..records.cell import default_text
 from ..records.errors import UsageError
 from ..records.invocation import command_text
 from ..records.results import RunResult
@@ -19,7 +20,7 @@ WINDOW_S = 60.0
 HEADROOM = 0.2
 """Share on top of the traffic: for a server that is lost or restarted, and for growth."""
 
-ATTAINMENT = 0.9
+ATTAINMENT = float(default_text("attainment"))
 """Share of the requests that has to meet the SLOs, as with `find=goodput`."""
 
 

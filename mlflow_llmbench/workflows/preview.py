@@ -6,6 +6,7 @@ import contextlib
 from collections import Counter
 from typing import Any
 
+from ..analysis.layout import weights_text
 from ..config.spec import parse
 from ..records.cell import as_text
 from ..reports.tables import text_table
@@ -37,7 +38,7 @@ def format_preview(found: Plan) -> str:
     for planned in found.cells[:MOST_LINES]:
         size = None if planned.predicted_bytes is None else f"{planned.predicted_bytes / 1e9:.2f}"
         state = "refused" if planned.refusal else duration(planned.least_s)
-        where = [placement.text(planned.predicted_placement or {}) or "–"] if placed else []
+        where = [weights_text(planned.predicted_placement or {}) or "–"] if placed else []
         lines.append([*(as_text(name, getattr(planned.cell, name)) for name in names), size, state, *where])
     heading = [*names, "memory GB", "at least", *(["weights in"] if placed else [])]
     rows = [text_table(heading, lines, range(len(names), len(names) + 2))]

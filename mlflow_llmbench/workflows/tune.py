@@ -271,10 +271,11 @@ def _result(
 def _keep(result: TuningResult, destination: Destination) -> TuningResult:
     """Write tuning.json beside the sweep, and log it on its run if the store answers."""
     with contextlib.suppress(LlmbenchError):
-        write_json(Path(result.sweep.folder) / "tuning.json", tuning_json(result))
+        data = tuning_json(result)
+        write_json(Path(result.sweep.folder) / "tuning.json", data)
         if result.sweep.parent_id and not result.sweep.not_uploaded:
             store = open_store(*destination, own=result.sweep.parent_id)
             with tempfile.TemporaryDirectory() as scratch:
-                write_json(Path(scratch) / "tuning.json", tuning_json(result))
+                write_json(Path(scratch) / "tuning.json", data)
                 registry.log_folder(store, result.sweep.parent_id, Path(scratch))
     return result

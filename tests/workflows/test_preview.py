@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mlflow_llmbench import run
+from mlflow_llmbench.analysis.layout import weights_text
 from mlflow_llmbench.backends.huggingface import quantization
 from mlflow_llmbench.cli.main import main
 from mlflow_llmbench.config import models, spec
@@ -22,7 +23,7 @@ from mlflow_llmbench.records.errors import MissingError, UsageError
 from mlflow_llmbench.records.results import ModelFacts
 from mlflow_llmbench.sweeps.executor import MachineFacts
 from mlflow_llmbench.sweeps.planning import plan
-from mlflow_llmbench.system import estimate, machine, placement
+from mlflow_llmbench.system import estimate, machine
 from mlflow_llmbench.system.estimate import Refusal
 from mlflow_llmbench.workflows import preview
 
@@ -240,7 +241,7 @@ def test_the_plan_names_placement_where_a_model_does_not_fit_and_says_what_would
     where = auto["predicted_placement"]
     assert [*where] == ["cpu", "disk"] and sum(where.values()) == pytest.approx(250.5e6, rel=0.01)
     assert min(where.values()) > 0 and auto["refused"] is None and auto["predicted_bytes"] <= 600e6
-    said = placement.text(where)
+    said = weights_text(where)
     assert lines[2].startswith("auto") and lines[2].endswith(said) and lines[1].endswith("–")
     assert single["predicted_placement"] is None
     assert single["refused"].endswith(f" With --placement auto its weights would lie in {said}.")

@@ -137,27 +137,6 @@ def test_blocks_are_part_of_a_workload_and_their_absence_changes_nothing(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("ids", "message"),
-    [
-        ([1], "line 1, has 1 hash_ids, and its input_length of 700 tokens is 2 blocks of 512."),
-        ([1, 2, 3], "line 1, has 3 hash_ids, and its input_length of 700 tokens is 2 blocks of 512."),
-        ([], "line 1, has 0 hash_ids"),
-        ("12", "line 1, has hash_ids that are not a list of whole numbers: 12."),
-        ([1, "2"], "line 1, has hash_ids that are not a list of whole numbers"),
-        ([1, 2.5], "line 1, has hash_ids that are not a list of whole numbers"),
-        ([True, 2], "line 1, has hash_ids that are not a list of whole numbers"),
-    ],
-)
-def test_bad_blocks_are_one_clear_line(tmp_path: Path, ids: object, message: str) -> None:
-    file = tmp_path / "bad.jsonl"
-    file.write_text(json.dumps({"timestamp": 1, "input_length": 700, "output_length": 2, "hash_ids": ids}))
-    with pytest.raises(UsageError) as caught:
-        read_trace(str(file))
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"prefix_tokens": "128"}, "prefix_tokens=128 is not less than prompt_tokens=128."),

@@ -77,6 +77,11 @@ def test_another_content_is_another_workload_and_another_name_is_not(trace: Path
     assert prompts.digest(cell(trace), None) != first
 
 
+def blocks(ids: object) -> str:
+    """A line of a trace with these blocks of 700 tokens."""
+    return json.dumps({"timestamp": 1, "input_length": 700, "output_length": 2, "hash_ids": ids})
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -94,6 +99,13 @@ def test_another_content_is_another_workload_and_another_name_is_not(trace: Path
         ('{"timestamp": -5, "input_length": 2, "output_length": 1}', "has a time that is no number of milliseconds"),
         ('{"timestamp": NaN, "input_length": 2, "output_length": 1}', "has a time that is no number of milliseconds"),
         ('{"timestamp": "1", "input_length": 2, "output_length": 1}', "has a time that is no number of milliseconds"),
+        (blocks([1]), "line 1, has 1 hash_ids, and its input_length of 700 tokens is 2 blocks of 512."),
+        (blocks([1, 2, 3]), "line 1, has 3 hash_ids, and its input_length of 700 tokens is 2 blocks of 512."),
+        (blocks([]), "line 1, has 0 hash_ids"),
+        (blocks("12"), "line 1, has hash_ids that are not a list of whole numbers: 12."),
+        (blocks([1, "2"]), "line 1, has hash_ids that are not a list of whole numbers"),
+        (blocks([1, 2.5]), "line 1, has hash_ids that are not a list of whole numbers"),
+        (blocks([True, 2]), "line 1, has hash_ids that are not a list of whole numbers"),
     ],
 )
 def test_a_bad_file_is_one_clear_line(tmp_path: Path, text: str, message: str) -> None:

@@ -17,7 +17,8 @@ from statistics import fmean
 from ...records.metrics import COST
 from ...records.results import RunResult
 from ...workloads.traces import Recording
-from ..goodput import GoodputLimit, limits
+from ..goodput import GoodputLimit, configuration_of, limits
+from ..repetitions import requests
 from ..summary import summarize
 from ..verdict import judge
 
@@ -140,7 +141,7 @@ def plan_capacity(
     """
     found = []
     for limit in limits(results, asked):
-        own = [one for one in results if one.outcome == "ok" and _is_of(one, limit)]
+        own = [one for one in results if one.outcome == "ok" and configuration_of(one) == limit.cell]
         hours = tuple(servers_for(rate * (1 + headroom), limit) for rate in traffic.hours)
         prices = {one.price_per_hour for one in own}
         price = prices.pop() if len(prices) == 1 else None
@@ -148,12 +149,6 @@ def plan_capacity(
         servers = servers_for(traffic.peak * (1 + headroom), limit)
         found.append(Capacity(limit, servers, hours, price, _price_of_million(own, limit), notes))
     return tuple(sorted(found, key=lambda one: one.servers.count or math.inf))
-
-
-def _is_of(result: RunResult, limit: GoodputLimit) -> bool:
-    return all(
-        getattr(result.cell, name) == value for name, value in vars(limit.cell).items() if name != "request_rate"
-    )
 
 
 def _price_of_million(own: Sequence[RunResult], limit: GoodputLimit) -> float | None:
@@ -193,9 +188,8 @@ def _mean_lengths(own: Sequence[RunResult]) -> tuple[float, float] | None:
     every = [
         (request.prompt_tokens, request.output_tokens)
         for result in own
-        for repetition in result.repetitions
-        for request in repetition.requests
-        if request.prompt_tokens is not None and request.outcome == "complete"
+        for request in requests(result)
+        if request.prompt_tokens is not None
     ]
     return (fmean(prompt for prompt, _ in every), fmean(output for _, output in every)) if every else None
 

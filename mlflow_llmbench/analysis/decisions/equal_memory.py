@@ -63,7 +63,7 @@ def rivals(given: Sequence[Candidate]) -> tuple[Rivals, ...]:
     if not known:
         return ()
     shapes = Counter(map(_shape, known))
-    chosen = max(shapes, key=lambda shape: (shapes[shape], -known[0].result.cell.batch_size))
+    chosen = max(shapes, key=shapes.__getitem__)
     alike = [one for one in known if _shape(one) == chosen]
     return tuple(sorted(filter(None, map(_judged, *_paired(alike))), key=lambda pair: pair.memory_gb))
 

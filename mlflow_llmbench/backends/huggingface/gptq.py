@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-import random
 import shutil
 import tempfile
 import time
@@ -25,6 +24,7 @@ from ...records.quantizations import SCHEMES
 from ...records.results import ModelFacts, hash16
 from ...system import machine
 from ...workloads.prompts import load_prompts
+from . import passages
 from .quantization import complete, recipe_of
 from .recipe import load_complete
 
@@ -122,9 +122,7 @@ def _samples(cell: Cell, vocab_size: int, tokenizer: Any) -> list[list[int]]:
     """Return ids to calibrate with: the workload's texts cut to `SAMPLE_TOKENS`, or seeded random ids without any."""
     texts = load_prompts(cell.workload).texts[:MOST_SAMPLES]
     if not texts:
-        draw = random.Random(f"gptq/{cell.seed}")
-        low = min(100, vocab_size // 2)
-        return [[draw.randrange(low, vocab_size) for _ in range(SAMPLE_TOKENS // 2)] for _ in range(MOST_SAMPLES // 2)]
+        return passages.draw(f"gptq/{cell.seed}", vocab_size, MOST_SAMPLES // 2, SAMPLE_TOKENS // 2)
     return [list(tokenizer(text)["input_ids"])[:SAMPLE_TOKENS] for text in texts]
 
 

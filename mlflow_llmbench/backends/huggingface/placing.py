@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...analysis.layout import spans
+from ...analysis.layout import DISK, HOST, spans
 from ...records.cell import Cell
 from ...records.errors import NotRealised
 from ...records.metric import GB
@@ -19,7 +19,7 @@ from ...records.quantizations import FLOAT_DTYPES
 from ...records.results import ModelFacts, PlacedPart
 from ...records.text import short_number_text
 from ...system import memory, placement
-from ...system.placement import AUTO, DISK, HOST, Working
+from ...system.placement import AUTO, Working
 from ..checkpoints import sources
 
 LAID_OUT = ("none", *FLOAT_DTYPES)

@@ -34,7 +34,9 @@ from ...records.cell import Cell
 from ...records.errors import LlmbenchError, MeasurementError, ModelError, NotRealised, first_line
 from ...records.results import ModelFacts, hash16
 from ...system import machine
+from ...system.estimate import stored_dtype
 from ...workloads.prompts import load_prompts
+from ..checkpoints.files import SMALL_FILES
 from . import passages, recipe
 from .quantization import complete
 
@@ -50,7 +52,6 @@ PASSAGES, PASSAGE_TOKENS, ROWS = 24, 128, 8
 RECORD = "llmbench.json"
 """File beside the weights that records how they were made."""
 
-SMALL_FILES = (".json", ".jinja", ".model", ".tiktoken", ".txt")
 CRITERIA = {
     LAYERS: "block influence (1 - cosine similarity)",
     MLP: "norm of a channel's contribution",
@@ -119,8 +120,7 @@ def _words(tokenizer: Callable[[], Any]) -> Any:
 
 def _require_room(cell: Cell, model: ModelFacts, folder: Path) -> None:
     shape = Shape.from_config(model.config or {})
-    dtype = model.dtype if model.dtype in ("float32", "float16", "bfloat16") else "bfloat16"
-    needed, free = shape.weight_bytes("none", dtype) if shape else 0, shutil.disk_usage(folder).free
+    needed, free = shape.weight_bytes("none", stored_dtype(model)) if shape else 0, shutil.disk_usage(folder).free
     if free < needed * 1.05 + 1e8:
         raise ModelError(
             f"prune={cell.prune} of {cell.model} needs {needed / 1e9:.1f} GB in {folder}, but only {free / 1e9:.1f} GB "

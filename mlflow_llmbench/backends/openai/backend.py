@@ -78,7 +78,7 @@ def limits_of(cell: Cell) -> Limits:
     Each token may take 2 KiB and 8 reads; servers send 0.3 to 0.9 KiB per token, in one read.
     """
     tokens, seconds = longest_of(cell)[1], cell.request_timeout_s
-    if not ENDPOINTS[cell.endpoint].generates:
+    if not cell.generates:
         return Limits(first_s=seconds, gap_s=min(60.0, seconds), total_s=seconds)
     most_bytes = min((64 << 10) + (2 << 10) * tokens, (16 << 20) + 1024 * tokens)
     return Limits(
@@ -206,11 +206,11 @@ class OpenAIBackend(NothingToFetch):
                 self.tokens_per_word = told_per_word
                 self.fixed_tokens = first.prompt_tokens - PROBE_WORDS[0] * self.tokens_per_word
         told = second.cached_tokens is not None
-        counted = second.tokens if self.endpoint.generates else second.prompt_tokens
+        counted = second.tokens if self.cell.generates else second.prompt_tokens
         self.prompt_prefix = "" if told else secrets.token_hex(8)
         self.facts |= {
             "server.endpoint": self.cell.endpoint,
-            **(self._generation_facts() if self.endpoint.generates else {}),
+            **(self._generation_facts() if self.cell.generates else {}),
             "server.request_fields": self._request_fields(),
             **thinking,
             **self._route(),
@@ -245,7 +245,7 @@ class OpenAIBackend(NothingToFetch):
     def _request_fields(self) -> str:
         """Return the fields that each request has beside its model, prompt and length, as JSON; variables by name."""
         asked = joined(joined(self.options, self.off_field), loaded(self.cell.extra_body))
-        streams = {"stream": True} if self.endpoint.generates else {}
+        streams = {"stream": True} if self.cell.generates else {}
         return json.dumps({**streams, **asked}, ensure_ascii=False)[:MAX_FACT]
 
     def describe(self) -> LoadInfo:
@@ -349,7 +349,7 @@ class OpenAIBackend(NothingToFetch):
 
     def read(self, exchange: Exchange) -> RequestRecord:
         """Return the record of an answer. Secrets of the request that the server repeats in it are removed."""
-        return (read_answer if self.endpoint.generates else read_embedding)(exchange, self.secrets)
+        return (read_answer if self.cell.generates else read_embedding)(exchange, self.secrets)
 
     def readings(self, trace: Trace) -> tuple[ServerReading, ...]:
         """Return the server's metrics that we know; empty if there are none."""
@@ -400,7 +400,7 @@ class OpenAIBackend(NothingToFetch):
         more: Mapping[str, Any] | None = None,
     ) -> bytes:
         """Build the whole HTTP request for an answer to a prompt or to messages, with more fields of its own."""
-        generating = {self.length_field: output_tokens, "stream": True} if self.endpoint.generates else {}
+        generating = {self.length_field: output_tokens, "stream": True} if self.cell.generates else {}
         body = {"model": self.cell.model, **generating, **self.added(), **(more or {}), **self.endpoint.prompt(prompt)}
         return http_request(self.address, self.endpoint.path, body, number, self.headers)
 

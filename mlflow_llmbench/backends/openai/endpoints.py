@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ...config.choices import LENGTH_FIELDS
+
 Prompt = str | Sequence[Mapping[str, Any]]
 """A text, or the messages of a conversation."""
 
@@ -24,11 +26,6 @@ class Endpoint:
     refusable: tuple[str, ...] = ()
     least_output: int = 1
 
-    @property
-    def generates(self) -> bool:
-        """True if answers are streams of tokens."""
-        return bool(self.length_fields)
-
     def prompt(self, prompt: Prompt) -> dict[str, Any]:
         """Return the field of a prompt."""
         if self.prompt_field == "messages" and isinstance(prompt, str):
@@ -36,12 +33,11 @@ class Endpoint:
         return {self.prompt_field: prompt}
 
 
-_LENGTHS = ("max_tokens", "max_completion_tokens")
 _REFUSABLE = ("ignore_eos", "stream_options", "temperature", "max_tokens")
 
 ENDPOINTS: Mapping[str, Endpoint] = {
-    "completions": Endpoint("/v1/completions", "prompt", _LENGTHS, _REFUSABLE),
-    "chat": Endpoint("/v1/chat/completions", "messages", _LENGTHS, _REFUSABLE),
+    "completions": Endpoint("/v1/completions", "prompt", LENGTH_FIELDS, _REFUSABLE),
+    "chat": Endpoint("/v1/chat/completions", "messages", LENGTH_FIELDS, _REFUSABLE),
     # Usage is always in its last event. OpenAI's own server takes no fewer than 16 tokens.
     "responses": Endpoint("/v1/responses", "input", ("max_output_tokens",), ("ignore_eos", "temperature"), 16),
     "embeddings": Endpoint("/v1/embeddings", "input"),
